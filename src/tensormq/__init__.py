@@ -1,0 +1,46 @@
+"""TensorMQ: hand a tensor to another process without moving it.
+
+    # consumer                                   # producer
+    pull = Pull("ipc:///run/me/in.sock",         push = Push(slot_bytes=4 << 20, device="cpu")
+                device="cpu")                    peer = push.connect("ipc:///run/me/in.sock")
+    with pull.recv(timeout=1.0) as message:      push.send({"x": tensor}, to=peer)
+        use(message.tensors["x"])
+
+A message is a small descriptor carried by ZeroMQ; the tensors stay in the producer's memory
+(shared memory on a CPU, CUDA IPC on a GPU) until the consumer releases them.
+"""
+
+from .errors import (
+    EndpointError,
+    NegotiationError,
+    PeerLost,
+    ProtocolError,
+    TensorMQError,
+    TensorTooLarge,
+    Timeout,
+    UnsupportedTensor,
+)
+from .loop import Loop
+from .pull import Message, Pull
+from .push import ChannelStatistics, Filling, Peer, Push
+from .wire import Carrier, Request
+
+__all__ = [
+    "Carrier",
+    "ChannelStatistics",
+    "EndpointError",
+    "Filling",
+    "Loop",
+    "Message",
+    "NegotiationError",
+    "Peer",
+    "PeerLost",
+    "ProtocolError",
+    "Pull",
+    "Push",
+    "Request",
+    "TensorMQError",
+    "TensorTooLarge",
+    "Timeout",
+    "UnsupportedTensor",
+]

@@ -1,0 +1,45 @@
+"""Every error TensorMQ raises on purpose.
+
+TensorMQError
+├── ProtocolError     the peer's fault: a frame that is not a message of this protocol
+├── EndpointError     an endpoint that cannot be bound safely or reached
+├── NegotiationError  two ends that share no allowed carrier
+├── TensorTooLarge    tensors that do not fit the slot they are meant for
+├── UnsupportedTensor a dtype, device or layout that cannot be carried
+├── PeerLost          the other end's process is gone
+└── Timeout           nothing arrived, or no slot came free, in time (also a TimeoutError)
+"""
+
+from __future__ import annotations
+
+
+class TensorMQError(Exception):
+    """Root of the tree."""
+
+
+class ProtocolError(TensorMQError):
+    """A frame that the wire format does not allow; the channel ignores and counts it."""
+
+
+class EndpointError(TensorMQError):
+    pass
+
+
+class NegotiationError(TensorMQError):
+    pass
+
+
+class TensorTooLarge(TensorMQError):
+    pass
+
+
+class UnsupportedTensor(TensorMQError):
+    pass
+
+
+class PeerLost(TensorMQError):
+    pass
+
+
+class Timeout(TensorMQError, TimeoutError):
+    pass

@@ -1,0 +1,158 @@
+"""Tensors in host memory: carriers `shm` (a memfd, mapped by both ends) and `inline` (bytes).
+
+A memfd has no name: nothing is left in /dev/shm when a process is killed, and the kernel frees
+the memory when the last mapping goes. The peer opens it through /proc/<pid>/fd, which the kernel
+allows to processes of the same user alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from . import wire
+from .errors import NegotiationError, UnsupportedTensor
+from .process import this_process
+
+if TYPE_CHECKING:
+    import torch
+
+Tensor: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
+"""A NumPy array, or a torch tensor where torch is in use.
+
+NumPy has no bfloat16 or float8: such tensors are arrays of their bits, uint16 or uint8.
+"""
+
+_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+
+
+def abilities(device: str | None, carriers: Sequence[wire.Carrier] | None) -> wire.Abilities:
+    """What an end of this process can do whose tensors live on `device`."""
+    gpu = None
+    possible: tuple[wire.Carrier, ...] = (wire.Carrier.SHM, wire.Carrier.INLINE)
+    if device is not None and device.startswith("cuda"):
+        from .cuda import gpu_uuid  # noqa: PLC0415 - loads torch and CUDA
+
+        gpu = gpu_uuid(device)
+        possible = tuple(wire.Carrier)
+    allowed = tuple(c for c in possible if carriers is None or c in carriers)
+    return wire.Abilities(this_process(), allowed, gpu)
+
+
+def numpy_view(memory: memoryview, spec: wire.TensorSpec, base: int) -> np.ndarray[Any, Any]:
+    """`spec` in a slot that starts at byte `base` of `memory`, without a copy."""
+    dtype = np.dtype(_BITS.get(spec.dtype, spec.dtype))
+    start = base + spec.offset
+    return np.frombuffer(memory[start : start + spec.nbytes], dtype).reshape(spec.shape)
+
+
+def torch_view(memory: memoryview, spec: wire.TensorSpec, base: int) -> torch.Tensor:
+    """`spec` in a slot that starts at byte `base` of `memory`, without a copy."""
+    import torch  # noqa: PLC0415 - processes that never ask for torch tensors do not load it
+
+    dtype = getattr(torch, spec.dtype)
+    if spec.nbytes == 0:
+        return torch.empty(spec.shape, dtype=dtype)
+    count = spec.nbytes // wire.ITEMSIZE[spec.dtype]
+    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=base + spec.offset)
+    return flat.view(spec.shape)
+
+
+def describe(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    """The dtype's wire name and the shape."""
+    if isinstance(tensor, np.ndarray):
+        if tensor.dtype.name not in wire.ITEMSIZE:
+            raise UnsupportedTensor(f"a NumPy array of dtype {tensor.dtype} cannot be carried")
+        return tensor.dtype.name, tensor.shape
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+
+
+class HostSlab:
+    """The producer's memory: a header page with the nonce, then the slots."""
+
+    carrier = wire.Carrier.SHM
+
+    def __init__(self, nonce: int, slots: int, slot_bytes: int) -> None:
+        self._slot_bytes = slot_bytes
+        size = wire.HEADER_BYTES + slots * slot_bytes
+        self._fd = os.memfd_create("tensormq", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._fd, size)
+        # Sealed, so that no end can shrink it under the other's feet (a read would be SIGBUS).
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
+        # Populated now: a page fault in the middle of a transfer costs more than the copy.
+        self._map = mmap.mmap(self._fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self.memory = memoryview(self._map)
+        self.memory[: wire.NONCE_BYTES] = nonce.to_bytes(wire.NONCE_BYTES, "little")
+        self._offer = wire.HostSlab(self._fd, os.fstat(self._fd).st_ino, size)
+
+    def offer(self) -> wire.HostSlab:
+        return self._offer
+
+    def base(self, slot: int) -> int:
+        return wire.HEADER_BYTES + slot * self._slot_bytes
+
+    def close(self) -> None:
+        # The mapping itself goes with its last view: unmapping under a live tensor would crash.
+        del self.memory, self._map
+        os.close(self._fd)
+
+
+class HostMapping:
+    """The consumer's view of a HostSlab. Raises NegotiationError when it cannot be had."""
+
+    def __init__(self, process: wire.Process, nonce: int, offer: wire.HostSlab) -> None:
+        path = f"/proc/{process.pid}/fd/{offer.fd}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise NegotiationError(f"cannot open the producer's memory {path}: {error}") from None
+        try:
+            stat = os.fstat(fd)
+            if stat.st_ino != offer.inode or stat.st_size != offer.size:
+                raise NegotiationError(f"{path} is not the memory that was offered")
+            self._map = mmap.mmap(fd, offer.size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        finally:
+            os.close(fd)
+        self.memory = memoryview(self._map)
+        if self.memory[: wire.NONCE_BYTES] != nonce.to_bytes(wire.NONCE_BYTES, "little"):
+            raise NegotiationError(f"{path} does not hold this channel's nonce")
+
+
+def copy_bytes(tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy each source into its destination of the same shape and dtype, in host memory."""
+    for destination, source in tensors:
+        if isinstance(destination, np.ndarray):
+            np.copyto(destination, np.asarray(source), casting="no")
+        else:
+            destination.copy_(source if not isinstance(source, np.ndarray) else _as_torch(source))
+
+
+def _as_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    import torch  # noqa: PLC0415
+
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+class InlineSlab:
+    """Staging memory for tensors that travel as bytes; private to the producer."""
+
+    carrier = wire.Carrier.INLINE
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self._slot_bytes = slot_bytes
+        self.memory = memoryview(bytearray(slots * slot_bytes))
+
+    def offer(self) -> wire.NoSlab:
+        return wire.NoSlab()
+
+    def base(self, slot: int) -> int:
+        return slot * self._slot_bytes
+
+    def close(self) -> None:
+        del self.memory

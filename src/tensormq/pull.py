@@ -1,0 +1,428 @@
+"""Pull: the consuming end. What it receives lies in the producers' memory until released."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import stat
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import zmq
+
+from . import host, wire
+from .errors import EndpointError, NegotiationError, ProtocolError, TensorMQError, Timeout
+from .loop import Loop
+from .process import open_pidfd
+from .wire import Carrier, Request
+
+if TYPE_CHECKING:
+    from .cuda import Completions, DeviceMapping, PinnedMemory
+
+log = logging.getLogger(__name__)
+
+_MAX_CHANNELS = 1024
+_MAX_SLOTS = 65536
+
+
+class Message:
+    """Tensors in the producer's memory, readable until `release` (or the end of the `with`).
+
+    Not to be written to: other consumers may read the same slot. On a GPU, work that the current
+    stream was given before the release still counts as use.
+    """
+
+    __slots__ = (
+        "_channel",
+        "_released",
+        "_sequence",
+        "_slot",
+        "note",
+        "requests",
+        "route",
+        "tensors",
+    )
+
+    def __init__(
+        self, channel: _Channel, descriptor: wire.Deliver, tensors: Mapping[str, Any]
+    ) -> None:
+        self.tensors = tensors
+        self.requests: tuple[Request, ...] = descriptor.requests
+        self.route = descriptor.route
+        self.note = descriptor.note
+        self._channel = channel
+        self._slot = descriptor.slot
+        self._sequence = descriptor.sequence
+        self._released = False
+
+    @property
+    def carrier(self) -> Carrier:
+        return self._channel.carrier
+
+    def release(self) -> None:
+        """Give the slot back; the second and later calls do nothing."""
+        if not self._released:
+            self._released = True
+            self.tensors = {}
+            if self._slot >= 0:
+                self._channel.release(self._slot, self._sequence)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class _Channel:
+    """One producer, as the consumer sees it."""
+
+    def __init__(self, pull: Pull, identity: bytes, hello: wire.Hello) -> None:
+        self.pull = pull
+        self.identity = identity
+        self.epoch = hello.epoch
+        self.abilities = hello.abilities
+        self.carrier = Carrier.INLINE
+        self.slots = 0
+        self.slot_bytes = 0
+        self.open = False
+        self.ending = False
+        self.leases = 0
+        self.pidfd: int | None = None
+        self._host: host.HostMapping | None = None
+        self._device: DeviceMapping | None = None
+        self._pinned: PinnedMemory | None = None
+
+    def map(self, offer: wire.Offer) -> tuple[bytes, ...]:
+        """Map the producer's slab; returns CUDA event handles where the carrier has them."""
+        match offer.slab:
+            case wire.HostSlab() as slab if offer.carrier is Carrier.SHM:
+                self._expect(slab.size, offer)
+                self._host = host.HostMapping(self.abilities.process, offer.nonce, slab)
+                self._pinned = self.pull._pin(self._host.memory)
+                handles: tuple[bytes, ...] = ()
+            case wire.DeviceSlab() as slab if offer.carrier is Carrier.CUDA_IPC:
+                self._expect(slab.size, offer)
+                if len(slab.filled) != offer.slots:
+                    raise NegotiationError("the offer does not have one event for each slot")
+                self._device = self.pull._open(offer, slab)
+                handles = self._device.emptied_handles
+            case wire.NoSlab() if offer.carrier is Carrier.INLINE:
+                handles = ()
+            case _:
+                raise NegotiationError(f"carrier {offer.carrier} does not go with {offer.slab}")
+        self.carrier = offer.carrier
+        self.slots = offer.slots
+        self.slot_bytes = offer.slot_bytes
+        self.open = True
+        return handles
+
+    def _expect(self, size: int, offer: wire.Offer) -> None:
+        if size != wire.HEADER_BYTES + offer.slots * offer.slot_bytes:
+            raise NegotiationError(f"a slab of {size} bytes does not hold the offered slots")
+
+    def tensors(self, descriptor: wire.Deliver, payload: memoryview | None) -> dict[str, Any]:
+        if not descriptor.tensors:
+            return {}
+        self.leases += 1
+        if self._device is not None:
+            return dict(self._device.readable(descriptor.slot, descriptor.tensors))
+        if self._host is not None:
+            memory = self._host.memory
+            base = wire.HEADER_BYTES + descriptor.slot * self.slot_bytes
+        elif payload is not None:
+            memory, base = payload, 0
+        else:
+            raise ProtocolError("a descriptor without the bytes it describes")
+        return self.pull._views(memory, descriptor.tensors, base)
+
+    def release(self, slot: int, sequence: int) -> None:
+        if self._device is not None:
+            self._device.release(slot)
+            self._give_back(slot, sequence)
+        elif self._pinned is not None:
+            # The GPU may still be copying from the slot.
+            self.pull._after_gpu(lambda: self._give_back(slot, sequence))
+        else:
+            self._give_back(slot, sequence)
+
+    def _give_back(self, slot: int, sequence: int) -> None:
+        self.leases -= 1
+        self.pull._answer(self, wire.Release(self.epoch, sequence, slot))
+        if self.ending and not self.leases:
+            self.pull._end(self)
+
+    def unmap(self) -> None:
+        if self._pinned is not None:
+            self._pinned.close()
+            self._pinned = None
+        if self._device is not None:
+            self._device.close()
+            self._device = None
+        self._host = None
+        self.open = False
+
+
+class Pull:
+    """Receives tensors from any number of Push ends.
+
+    endpoint: `ipc://<path>`; the path's directory must belong to this user, with mode 0700.
+    device: what tensors become: None for NumPy arrays, "cpu" for torch tensors, "cuda:0" for
+        torch tensors that may lie on that GPU (those of a producer without one are in pinned
+        host memory, to be uploaded with `non_blocking=True`).
+    carriers: restrict what may be negotiated; None allows all that the device can do.
+    loop: share a thread's loop with other ends; a private one by default.
+
+    Raises EndpointError when the endpoint is taken or its directory is open to others.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        device: str | None = None,
+        carriers: Sequence[Carrier] | None = None,
+        loop: Loop | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self._device = device
+        self._gpu = device is not None and device.startswith("cuda")
+        self._loop = loop or Loop()
+        self._owns_loop = loop is None
+        self._channels: dict[bytes, _Channel] = {}
+        self._inbox: deque[Message] = deque()
+        self._completions: Completions | None = None
+        self._closed = False
+        self.rejected = 0
+        self.on_message: Callable[[], None] | None = None
+        self._abilities = host.abilities(device, carriers)
+        self._lock, self._path = _claim(endpoint)
+        self._socket = self._loop.context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # credits bound what is under way, not ZeroMQ
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(endpoint)
+        self._path.chmod(0o600)
+        self._loop.watch(self._socket, self._receive)
+
+    # Receiving
+
+    def recv(self, timeout: float | None = None) -> Message:
+        """The next message, in the order of arrival. Raises Timeout after `timeout` seconds."""
+        if not self._loop.run_until(lambda: bool(self._inbox), timeout):
+            raise Timeout(f"no message at {self.endpoint} within {timeout} s")
+        return self._inbox.popleft()
+
+    def poll(self) -> Message | None:
+        """The next message if one is there already; for callers that run the loop themselves."""
+        return self._inbox.popleft() if self._inbox else None
+
+    @property
+    def waiting(self) -> int:
+        """Messages received and not yet taken."""
+        return len(self._inbox)
+
+    @property
+    def leases(self) -> int:
+        """Slots of producers that this end holds, taken or not."""
+        return sum(channel.leases for channel in self._channels.values())
+
+    def _receive(self) -> None:
+        while not self._closed:
+            try:
+                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            sender = identity.bytes
+            try:
+                if not frames or len(frames) > 2 or len(frames[0]) > wire.MAX_FRAME:
+                    raise ProtocolError("not one or two frames of allowed length")
+                message = wire.decode_to_consumer(frames[0].bytes)
+                self._handle(sender, message, frames[1].buffer if len(frames) == 2 else None)
+            except ProtocolError as error:
+                self.rejected += 1
+                log.warning("rejected a frame at %s: %s", self.endpoint, error)
+
+    def _handle(self, sender: bytes, message: wire.ToConsumer, payload: memoryview | None) -> None:
+        channel = self._channels.get(sender)
+        if isinstance(message, wire.Hello):
+            if channel is not None:
+                raise ProtocolError("a second Hello on one connection")
+            self._greet(sender, message)
+            return
+        if channel is None:
+            raise ProtocolError(f"{type(message).__name__} from somebody who never said Hello")
+        match message:
+            case wire.Offer():
+                self._consider(channel, message)
+            case wire.Deliver():
+                if not channel.open or message.epoch != channel.epoch or channel.ending:
+                    raise ProtocolError("a descriptor of a channel that is not open")
+                if message.tensors:
+                    wire.check_descriptor(message, channel.slots, channel.slot_bytes)
+                    last = max(spec.offset + spec.nbytes for spec in message.tensors)
+                    if channel.carrier is Carrier.INLINE and (
+                        payload is None or payload.nbytes < last
+                    ):
+                        raise ProtocolError("a descriptor without all the bytes it describes")
+                elif message.slot != -1:
+                    raise ProtocolError("a slot without tensors")
+                self._inbox.append(Message(channel, message, channel.tensors(message, payload)))
+                if self.on_message is not None:
+                    self.on_message()
+            case wire.Bye():
+                channel.ending = True
+                if not channel.leases:
+                    self._end(channel)
+
+    def _greet(self, sender: bytes, hello: wire.Hello) -> None:
+        if len(self._channels) >= _MAX_CHANNELS:
+            raise ProtocolError(f"more than {_MAX_CHANNELS} producers")
+        channel = _Channel(self, sender, hello)
+        if hello.abilities.process.host == self._abilities.process.host:
+            channel.pidfd = open_pidfd(hello.abilities.process)
+            if channel.pidfd is None:
+                return  # it died while its Hello was under way
+            self._loop.watch(channel.pidfd, lambda: self._lose(channel))
+        self._channels[sender] = channel
+        self._answer(channel, wire.Card(hello.epoch, self._abilities))
+
+    def _consider(self, channel: _Channel, offer: wire.Offer) -> None:
+        if channel.open:
+            raise ProtocolError("an offer on a channel that is open")
+        if not (0 < offer.slots <= _MAX_SLOTS and offer.slot_bytes > 0):
+            raise ProtocolError(f"an offer of {offer.slots} slots of {offer.slot_bytes} bytes")
+        if offer.carrier not in wire.candidates(channel.abilities, self._abilities)[0]:
+            raise ProtocolError(f"an offer of {offer.carrier}, which these ends cannot share")
+        try:
+            handles = channel.map(offer)
+        except (TensorMQError, OSError, ValueError) as error:
+            channel.unmap()
+            self._answer(channel, wire.Decline(channel.epoch, str(error)))
+            return
+        self._answer(channel, wire.Welcome(channel.epoch, handles))
+
+    def _lose(self, channel: _Channel) -> None:
+        """The producer's process ended: what it sent stays readable until it is released."""
+        channel.ending = True
+        self._unwatch(channel)
+        if not channel.leases:
+            self._end(channel)
+
+    def _end(self, channel: _Channel) -> None:
+        if self._channels.pop(channel.identity, None) is None:
+            return
+        channel.unmap()
+        self._unwatch(channel)
+        self._answer(channel, wire.Bye(channel.epoch))
+
+    def _unwatch(self, channel: _Channel) -> None:
+        if channel.pidfd is not None:
+            self._loop.unwatch(channel.pidfd)
+            os.close(channel.pidfd)
+            channel.pidfd = None
+
+    def _answer(self, channel: _Channel, message: wire.ToProducer) -> None:
+        if not self._socket.closed:
+            # To a peer that is gone, ROUTER drops the message, as it should.
+            self._socket.send_multipart([channel.identity, wire.encode(message)])
+
+    # Memory
+
+    def _views(
+        self, memory: memoryview, specs: Sequence[wire.TensorSpec], base: int
+    ) -> dict[str, Any]:
+        view = host.numpy_view if self._device is None else host.torch_view
+        return {spec.name: view(memory, spec, base) for spec in specs}
+
+    def _pin(self, memory: memoryview) -> PinnedMemory | None:
+        if not self._gpu:
+            return None
+        from .cuda import PinnedMemory  # noqa: PLC0415
+
+        return PinnedMemory(memory)
+
+    def _open(self, offer: wire.Offer, slab: wire.DeviceSlab) -> DeviceMapping:
+        from .cuda import DeviceMapping  # noqa: PLC0415
+
+        return DeviceMapping(offer.nonce, slab, offer.slots, offer.slot_bytes, str(self._device))
+
+    def _after_gpu(self, callback: Callable[[], None]) -> None:
+        if self._completions is None:
+            from .cuda import Completions  # noqa: PLC0415
+
+            self._completions = Completions(self._loop, str(self._device))
+        self._completions.after_current_stream(callback)
+
+    # Leaving
+
+    def close(self) -> None:
+        """Release what was not taken, say goodbye to every producer, remove the endpoint.
+
+        Messages that were taken must have been released before.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        while self._inbox:
+            self._inbox.popleft().release()
+        if self._completions is not None:
+            self._completions.close()
+            self._completions = None
+            self._loop.run_once(0)
+        for channel in tuple(self._channels.values()):
+            self._end(channel)
+        self._loop.unwatch(self._socket)
+        self._socket.close()
+        self._path.unlink(missing_ok=True)
+        self._path.with_suffix(".lock").unlink(missing_ok=True)
+        os.close(self._lock)
+        if self._owns_loop:
+            self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _claim(endpoint: str) -> tuple[int, Path]:
+    """Make `endpoint` ours alone; returns the lock's descriptor and the socket's path.
+
+    ZeroMQ would let a second bind steal the path silently, and creates sockets that anybody may
+    connect to: a lock beside the socket and a private directory prevent both.
+    """
+    scheme, _, rest = endpoint.partition("://")
+    if scheme != "ipc" or not rest.startswith("/"):
+        raise EndpointError(f"{endpoint!r} is not ipc:// with an absolute path")
+    path = Path(rest)
+    if len(os.fsencode(path)) > 107:
+        raise EndpointError(f"{path} is longer than the 107 bytes a Unix socket's path may have")
+    try:
+        directory = path.parent.stat()
+    except OSError as error:
+        raise EndpointError(f"{path.parent} cannot hold an endpoint: {error.strerror}") from None
+    if directory.st_uid != os.getuid() or stat.S_IMODE(directory.st_mode) & 0o077:
+        raise EndpointError(f"{path.parent} must belong to this user and have mode 0700")
+    lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise EndpointError(f"{endpoint} is in use by another Pull") from None
+    return lock, path

@@ -1,0 +1,313 @@
+"""The wire format: what two ends say to each other, as values and as bytes. Pure.
+
+A frame is the four bytes `TMQ` + version, followed by one MessagePack array whose first element
+names the message. Payload bytes never pass through here: a descriptor says where tensors lie
+(carriers `cuda_ipc` and `shm`), or that they follow in a second ZeroMQ frame (`inline`).
+
+A channel is opened by the producer:
+
+    producer                          consumer
+    Hello(abilities)      ──────▶
+                          ◀──────     Card(abilities)
+    Offer(slab)           ──────▶                         the best carrier both can do
+                          ◀──────     Welcome | Decline   mapped and verified, or why not
+    Deliver(descriptor)   ──────▶                         as often as slots are free
+                          ◀──────     Release(slot)       the credit comes back
+    Bye                   ◀─────▶
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TypeAlias
+
+import msgspec
+
+from .errors import ProtocolError, TensorTooLarge, UnsupportedTensor
+
+VERSION = 1
+MAGIC = b"TMQ" + bytes([VERSION])
+MAX_FRAME = 64 * 1024
+"""Bytes of the longest frame that may be parsed; descriptors take a few hundred."""
+
+ALIGNMENT = 256
+"""Bytes at whose multiples tensors start in a slot: what cudaMalloc and vector loads like."""
+
+NONCE_BYTES = 8
+HEADER_BYTES = 4096
+"""A slab begins with a page that holds a nonce, so that a mapping can be verified."""
+
+ITEMSIZE: Mapping[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "complex64": 8,
+    "complex128": 16,
+}
+
+
+class Carrier(StrEnum):
+    """How a tensor gets across, best first."""
+
+    CUDA_IPC = "cuda_ipc"
+    SHM = "shm"
+    INLINE = "inline"
+
+
+class _Frozen(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    pass
+
+
+class TensorSpec(_Frozen, frozen=True):
+    """A tensor in a slot: C-contiguous, `offset` bytes after the slot's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+class Request(_Frozen, frozen=True):
+    """One of the requests whose rows a message carries.
+
+    `deadline` is seconds of CLOCK_MONOTONIC, which all processes of a host share; 0 is none.
+    """
+
+    id: int
+    rows: int
+    deadline: float = 0.0
+
+
+class Host(_Frozen, frozen=True):
+    """Which memory a process can reach: equal for two processes that may share host memory."""
+
+    boot_id: str
+    pid_namespace: str
+    uid: int
+
+
+class Process(_Frozen, frozen=True):
+    """A process beyond doubt: `started` (clock ticks after boot) tells a reused pid apart."""
+
+    host: Host
+    pid: int
+    started: int
+
+
+class Abilities(_Frozen, frozen=True):
+    """What one end can do; `gpu` is the UUID of the device its tensors live on, if any."""
+
+    process: Process
+    carriers: tuple[Carrier, ...]
+    gpu: str | None = None
+
+
+class Hello(_Frozen, frozen=True, tag="hello"):
+    epoch: int
+    abilities: Abilities
+
+
+class Card(_Frozen, frozen=True, tag="card"):
+    epoch: int
+    abilities: Abilities
+
+
+class HostSlab(_Frozen, frozen=True, tag="host"):
+    """A memfd of the producer, reached through /proc/<pid>/fd/<fd> and known by its inode."""
+
+    fd: int
+    inode: int
+    size: int
+
+
+class DeviceSlab(_Frozen, frozen=True, tag="device"):
+    """A CUDA allocation and one interprocess event for each slot, recorded when it is filled."""
+
+    handle: bytes
+    size: int
+    filled: tuple[bytes, ...]
+
+
+class NoSlab(_Frozen, frozen=True, tag="none"):
+    """Tensors follow in a frame; slots are only counted."""
+
+
+Slab: TypeAlias = HostSlab | DeviceSlab | NoSlab
+
+
+class Offer(_Frozen, frozen=True, tag="offer"):
+    """Memory to map; `nonce` stands at its start, so that a mapping can be verified."""
+
+    nonce: int
+    carrier: Carrier
+    slots: int
+    slot_bytes: int
+    slab: Slab
+
+
+class Welcome(_Frozen, frozen=True, tag="welcome"):
+    """The offer is mapped. `emptied`: one CUDA event for each slot, recorded after its last use."""
+
+    epoch: int
+    emptied: tuple[bytes, ...] = ()
+
+
+class Decline(_Frozen, frozen=True, tag="decline"):
+    epoch: int
+    reason: str
+
+
+class Deliver(_Frozen, frozen=True, tag="deliver"):
+    """The descriptor: which slot, which tensors, which requests, which route.
+
+    `route` and `note` belong to the application; TensorMQ carries them unread.
+    """
+
+    epoch: int
+    sequence: int
+    slot: int
+    tensors: tuple[TensorSpec, ...]
+    requests: tuple[Request, ...] = ()
+    route: int = 0
+    note: bytes = b""
+
+
+class Release(_Frozen, frozen=True, tag="release"):
+    epoch: int
+    sequence: int
+    slot: int
+
+
+class Bye(_Frozen, frozen=True, tag="bye"):
+    epoch: int
+
+
+ToConsumer: TypeAlias = Hello | Offer | Deliver | Bye
+ToProducer: TypeAlias = Card | Welcome | Decline | Release | Bye
+
+_encoder = msgspec.msgpack.Encoder()
+_to_consumer: msgspec.msgpack.Decoder[ToConsumer] = msgspec.msgpack.Decoder(ToConsumer)
+_to_producer: msgspec.msgpack.Decoder[ToProducer] = msgspec.msgpack.Decoder(ToProducer)
+
+
+def encode(message: ToConsumer | ToProducer) -> bytes:
+    """The frame that says `message`."""
+    return MAGIC + _encoder.encode(message)
+
+
+def _body(frame: bytes) -> memoryview:
+    if len(frame) > MAX_FRAME:
+        raise ProtocolError(f"a frame of {len(frame)} bytes; at most {MAX_FRAME} are allowed")
+    if frame[:3] != MAGIC[:3]:
+        raise ProtocolError("the frame does not start with TMQ: the peer does not speak TensorMQ")
+    if frame[:4] != MAGIC:
+        raise ProtocolError(
+            f"the peer speaks version {frame[3] if len(frame) > 3 else '?'} of the wire format, "
+            f"this end version {VERSION}"
+        )
+    return memoryview(frame)[4:]
+
+
+def decode_to_consumer(frame: bytes) -> ToConsumer:
+    """Parse what a producer sent. Raises ProtocolError, and nothing else, for any other bytes."""
+    try:
+        return _to_consumer.decode(_body(frame))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a message of this protocol: {error}") from None
+
+
+def decode_to_producer(frame: bytes) -> ToProducer:
+    """Parse what a consumer sent. Raises ProtocolError, and nothing else, for any other bytes."""
+    try:
+        return _to_producer.decode(_body(frame))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a message of this protocol: {error}") from None
+
+
+def lay_out(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], slot_bytes: int
+) -> tuple[TensorSpec, ...]:
+    """Place tensors, given as name → (dtype, shape), one after the other in a slot.
+
+    Raises UnsupportedTensor for a dtype without a wire name, TensorTooLarge when the slot is
+    smaller than all of them.
+    """
+    specs = []
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in ITEMSIZE:
+            raise UnsupportedTensor(f"tensor {name!r} has dtype {dtype}, which cannot be carried")
+        spec = TensorSpec(name, dtype, shape, offset=-(-end // ALIGNMENT) * ALIGNMENT)
+        specs.append(spec)
+        end = spec.offset + spec.nbytes
+    if end > slot_bytes:
+        sizes = ", ".join(f"{s.name} {s.dtype}{list(s.shape)}" for s in specs)
+        raise TensorTooLarge(
+            f"the tensors ({sizes}) take {end} bytes and a slot holds {slot_bytes}; "
+            "make the slots larger or send fewer rows"
+        )
+    return tuple(specs)
+
+
+def check_descriptor(message: Deliver, slots: int, slot_bytes: int) -> None:
+    """Refuse a descriptor that points outside its slab. Raises ProtocolError."""
+    if not 0 <= message.slot < slots:
+        raise ProtocolError(f"slot {message.slot} does not exist: the slab has {slots}")
+    for spec in message.tensors:
+        if spec.dtype not in ITEMSIZE:
+            raise ProtocolError(f"tensor {spec.name!r} has an unknown dtype {spec.dtype!r}")
+        if any(size < 0 for size in spec.shape) or len(spec.shape) > 64:
+            raise ProtocolError(f"tensor {spec.name!r} has an impossible shape {spec.shape}")
+        if spec.offset < 0 or spec.offset % ALIGNMENT:
+            raise ProtocolError(f"tensor {spec.name!r} starts at {spec.offset}, not aligned")
+        if spec.offset + spec.nbytes > slot_bytes:
+            raise ProtocolError(f"tensor {spec.name!r} reaches beyond its slot")
+
+
+def candidates(
+    producer: Abilities, consumer: Abilities
+) -> tuple[tuple[Carrier, ...], tuple[str, ...]]:
+    """Carriers to try, best first, and for each better one that was ruled out the reason."""
+    possible: list[Carrier] = []
+    reasons: list[str] = []
+    for carrier in Carrier:
+        reason = _obstacle(carrier, producer, consumer)
+        if reason is None:
+            possible.append(carrier)
+        else:
+            reasons.append(f"{carrier}: {reason}")
+    return tuple(possible), tuple(reasons)
+
+
+def _obstacle(carrier: Carrier, producer: Abilities, consumer: Abilities) -> str | None:
+    for end, abilities in (("producer", producer), ("consumer", consumer)):
+        if carrier not in abilities.carriers:
+            return f"the {end} does not do it"
+    if carrier is Carrier.INLINE:
+        return None
+    if producer.process.host != consumer.process.host:
+        return "the ends are on different hosts, in different containers or of different users"
+    if carrier is Carrier.CUDA_IPC:
+        if producer.gpu != consumer.gpu:
+            return f"the ends use different GPUs ({producer.gpu} and {consumer.gpu})"
+        if producer.process == consumer.process:
+            return "CUDA cannot open a handle in the process that exported it"
+    return None
