@@ -6,14 +6,29 @@ Pure data, validated where it enters. What depends on artifacts and devices is c
 
 from __future__ import annotations
 
-from typing import Annotated, NewType
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, NewType
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from blockflow.errors import TopologyInvalid
 
 BlockName = NewType("BlockName", str)
 PipelineName = NewType("PipelineName", str)
 WorkerName = NewType("WorkerName", str)
 Generation = NewType("Generation", int)
+
+MAX_BYTES = 1 << 20
+"""Largest topology that is read, in bytes of UTF-8."""
+
+# YAML's aliases let a few hundred bytes stand for more values than memory holds. The depth keeps
+# what walks the values, from PyYAML to `repr`, off Python's recursion limit.
+_MAX_VALUES = 200_000
+_MAX_DEPTH = 32
+_NESTED = "it is nested too deeply"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 
@@ -25,12 +40,19 @@ class _Frozen(BaseModel):
 class Block(_Frozen):
     """A deployed artifact."""
 
-    artifact: str = Field(description="digest of the artifact: sha256-<64 hex digits>")
-    device: str = Field("cpu", pattern=r"^(cpu|cuda:\d+)$", description="cpu, or cuda:<index>")
+    # The digest names a folder of the store: the pattern is also what keeps `../` out of paths.
+    artifact: str = Field(
+        pattern=r"^sha256-[0-9a-f]{64}$",
+        description="digest of the artifact: sha256-<64 hex digits>",
+    )
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda:(0|[1-9][0-9]{0,2}))$", description="cpu, or cuda:<index>"
+    )
     worker: Name | None = Field(
         None, description="worker process to live in; blocks that name the same one share it"
     )
-    max_batch: int = Field(8, ge=1, le=4096, description="most rows of one request")
+    # Strict: YAML's `yes` is not 1, and "8" is not 8.
+    max_batch: int = Field(8, ge=1, le=4096, strict=True, description="most rows of one request")
 
 
 class Pipeline(_Frozen):
@@ -40,6 +62,272 @@ class Pipeline(_Frozen):
 
 
 class Topology(_Frozen):
-    store: str | None = Field(None, description="the artifact store's directory")
+    """All blocks and pipelines that should exist; an empty one is valid and removes everything."""
+
+    store: str | None = Field(
+        None, pattern=r"^[^\x00]+$", description="the artifact store's directory"
+    )
     blocks: dict[Name, Block] = Field(default_factory=dict)
     pipelines: dict[Name, Pipeline] = Field(default_factory=dict)
+
+
+def parse(source: str | bytes | Mapping[str, object]) -> Topology:
+    """Read a topology from YAML text (UTF-8, at most `MAX_BYTES`) or from plain data.
+
+    Raises:
+        TopologyInvalid: with every problem found, each one led by the path it was found at.
+    """
+    if isinstance(source, str | bytes):
+        return _validated(*_read_yaml(_decoded(source)))
+    return _validated(source, [])
+
+
+def parse_json(text: str | bytes) -> Topology:
+    """Read a topology from JSON text (UTF-8, at most `MAX_BYTES`); raises as `parse` does."""
+    return _validated(*_read_json(_decoded(text)))
+
+
+def dump(topology: Topology) -> str:
+    """Write a topology as YAML that `parse` reads back as an equal one."""
+    plain = topology.model_dump(mode="json", exclude_none=True)
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _decoded(text: str | bytes) -> str:
+    size = len(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+    if size > MAX_BYTES:
+        raise TopologyInvalid([f"it has {size} bytes; at most {MAX_BYTES} are read"])
+    if isinstance(text, str):
+        return text
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TopologyInvalid([f"it is not UTF-8 text: {error}"]) from error
+
+
+def _read_json(text: str) -> tuple[object, list[str]]:
+    duplicates: list[str] = []
+
+    def members(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        seen: dict[str, object] = {}
+        for key, value in pairs:
+            if key in seen:
+                duplicates.append(f"{key}: is defined twice in one object")
+            seen[key] = value
+        return seen
+
+    try:
+        data = json.loads(text, object_pairs_hook=members)
+    except RecursionError as error:
+        raise TopologyInvalid([_NESTED]) from error
+    except ValueError as error:
+        raise TopologyInvalid([f"it is not valid JSON: {error}"]) from error
+    level = [data]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for value in level
+            if isinstance(value, list | dict)
+            for child in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise TopologyInvalid([_NESTED])
+    return data, duplicates
+
+
+class _TooDeep(yaml.YAMLError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with a bound on depth and no dates: `2024-01-01` stays a name."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own declaration of it
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise _TooDeep
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+def _read_yaml(text: str) -> tuple[object, list[str]]:
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is None:
+            raise TopologyInvalid(["it is empty; to remove everything, write {}"])
+        values, depth = _extent(root)
+        if values > _MAX_VALUES:
+            raise TopologyInvalid([f"its aliases stand for more than {_MAX_VALUES} values"])
+        if depth > _MAX_DEPTH:
+            raise _TooDeep
+        return loader.construct_document(root), list(_duplicates(root, ""))
+    except _TooDeep as error:
+        raise TopologyInvalid([_NESTED]) from error
+    except yaml.MarkedYAMLError as error:
+        raise TopologyInvalid([f"it is not valid YAML: {_where_and_what(error)}"]) from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        # ValueError: scalars that look like a number and are none, such as `!!int x`.
+        said = " ".join(str(error).split())
+        raise TopologyInvalid([f"it is not valid YAML: {said}"]) from error
+
+
+def _where_and_what(error: yaml.MarkedYAMLError) -> str:
+    what = ", ".join(part for part in (error.context, error.problem) if part)
+    mark = error.problem_mark or error.context_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else what
+
+
+def _extent(root: yaml.Node) -> tuple[float, float]:
+    """Count the values that `root` stands for with its aliases written out, and their depth."""
+    known: dict[int, tuple[float, float]] = {}
+
+    def extent(node: yaml.Node) -> tuple[float, float]:
+        if id(node) not in known:
+            # Until it is known: an alias to a node that is still open means itself, without end.
+            known[id(node)] = float("inf"), float("inf")
+            below = [extent(child) for child in _children(node)]
+            known[id(node)] = (
+                1 + sum(values for values, _ in below),
+                1 + max((depth for _, depth in below), default=0),
+            )
+        return known[id(node)]
+
+    return extent(root)
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key
+            yield value
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
+
+
+def _duplicates(node: yaml.Node, path: str) -> Iterator[str]:
+    if isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            yield from _duplicates(child, f"{path}[{index}]")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name = str(key.value)
+        line = key.start_mark.line + 1
+        here = f"{path}.{name}" if path else name
+        # A merge key (`<<`) may come twice, and what it brings in is there to be overridden.
+        if key.tag != "tag:yaml.org,2002:merge":
+            if name in lines:
+                yield f"{here}: is defined twice (lines {lines[name]} and {line})"
+            lines.setdefault(name, line)
+        yield from _duplicates(value, here)
+
+
+def _validated(data: object, problems: Iterable[str]) -> Topology:
+    found = list(problems)
+    if not isinstance(data, Mapping):
+        found.append(f"it must be a mapping with `blocks` and `pipelines`, not {_kind(data)}")
+        raise TopologyInvalid(found)
+    try:
+        topology = Topology.model_validate(dict(data))
+    except ValidationError as error:
+        found += [
+            _problem(detail["type"], detail["loc"], detail)
+            for detail in error.errors()
+            # Pydantic counts only the valid members; the others have been reported one by one.
+            if not (detail["type"] == "too_short" and detail["input"])
+        ]
+    else:
+        if not found:
+            return topology
+    raise TopologyInvalid(found)
+
+
+_A_NAME = "a name has 1 to 63 letters, digits, '_', '.' or '-', and starts with a letter or a digit"
+_EXPECTED = {
+    "artifact": "must be a digest: sha256- and 64 hex digits, as `blockflow split` prints it",
+    "device": "must be cpu or cuda:<index>, such as cuda:0",
+    "worker": f"must be a name; {_A_NAME}",
+    "max_batch": "must be a whole number from 1 to 4096",
+    "store": "must be the path of a directory",
+}
+
+
+def _problem(kind: str, at: tuple[int | str, ...], detail: Mapping[str, Any]) -> str:
+    """Say one of pydantic's findings in the words of the person who wrote the file."""
+    value = detail["input"]
+    if at[-1] == "[key]":
+        return f"{at[0]}: {value!r} is no name: {_explain_name(value)}"
+    path = ".".join(map(str, at[:3])) + "".join(f"[{index}]" for index in at[3:])
+    field = at[-1]
+    match kind:
+        case "missing":
+            return f"{path}: is missing"
+        case "extra_forbidden":
+            known = list(_model_of(at).model_fields)
+            close = difflib.get_close_matches(str(field), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            return f"{path}: is not a known setting; {hint}"
+        case "invalid_key":
+            return f"{path}: a setting's name must be text; put it in quotes"
+        case "too_short":
+            return f"{path}: must name at least one block"
+        case "dict_type" if len(at) == 1:
+            return f"{path}: must be a mapping of names, not {_kind(value)} (write {{}} for none)"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{path}: must be a mapping of settings, not {_kind(value)}"
+        case "tuple_type":
+            return f"{path}: must be a list of block names, not {_kind(value)}"
+    if len(at) > 3:
+        return f"{path}: {_short(value)} is no name: {_explain_name(value)}"
+    if field in _EXPECTED:
+        return f"{path}: {_EXPECTED[str(field)]}, not {_short(value)}"
+    return f"{path}: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+
+
+def _model_of(setting: tuple[int | str, ...]) -> type[BaseModel]:
+    if len(setting) == 1:
+        return Topology
+    return Block if setting[0] == "blocks" else Pipeline
+
+
+def _explain_name(value: object) -> str:
+    if isinstance(value, str):
+        return _A_NAME
+    return f"it is read as {_kind(value)}; put it in quotes"
+
+
+def _short(value: object) -> str:
+    try:
+        said = repr(value)
+    except ValueError:  # an integer of thousands of digits, which YAML reads from hexadecimal
+        return "a number"
+    return said if len(said) <= 80 else f"{said[:77]}..."
+
+
+def _kind(value: object) -> str:
+    match value:
+        case None:
+            return "empty"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "text"
+        case Mapping():
+            return "a mapping"
+        case list() | tuple():
+            return "a list"
+        case _:
+            return f"a {type(value).__name__}"

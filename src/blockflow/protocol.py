@@ -1,0 +1,205 @@
+"""What the server and its child processes say to each other, as values and as bytes.
+
+The server sends commands to a child's DEALER socket; the child answers each with `Done` or
+`Failed`, and sends `Hello` once and a report from time to time by itself. Everything is
+MessagePack, decoded into exactly these types.
+
+A route is one way through the blocks: it is made when a pipeline is deployed or one of its workers
+is replaced, never changed, and retired when nothing travels on it any more. So requests that are
+under way finish on the route on which they began.
+"""
+
+from __future__ import annotations
+
+from typing import NewType, TypeAlias
+
+import msgspec
+
+from blockflow.artifact import Port
+from blockflow.oip import ModelMetadata
+from blockflow.reconcile import BlockSpec
+from blockflow.topology import BlockName, PipelineName
+
+RouteId = NewType("RouteId", int)
+Incarnation = NewType("Incarnation", int)
+"""Counts every child process that a server starts, so that a successor is never mistaken."""
+
+
+class Step(msgspec.Struct, frozen=True):
+    """A block on a route. `wiring` maps its inputs to the outputs of the step before."""
+
+    block: BlockName
+    endpoint: str
+    wiring: dict[str, str]
+
+
+class Route(msgspec.Struct, frozen=True):
+    """`results` is the endpoint where answers and failures of this route are awaited.
+
+    `inputs` and `max_batch` are the first block's, `outputs` the last block's.
+    """
+
+    id: RouteId
+    pipeline: PipelineName
+    steps: tuple[Step, ...]
+    results: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    max_batch: int
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A pipeline as the gateway serves it; without a route it is not ready for `reason`."""
+
+    metadata: ModelMetadata
+    route: RouteId | None
+    reason: str | None = None
+
+
+# Commands to a worker.
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """Load blocks from the store and get them ready; endpoints are one for each block."""
+
+    store: str
+    blocks: tuple[BlockSpec, ...]
+    endpoints: tuple[str, ...]
+
+
+class Connect(msgspec.Struct, frozen=True, tag="connect"):
+    """Open the channels that these routes need. To the gateway: those to their first blocks."""
+
+    routes: tuple[Route, ...]
+
+
+class Retire(msgspec.Struct, frozen=True, tag="retire"):
+    """Forget routes on which nothing travels any more, and close channels without a route."""
+
+    routes: tuple[RouteId, ...]
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """Finish what is queued, close everything, exit."""
+
+
+# Commands to a gateway.
+
+
+class Publish(msgspec.Struct, frozen=True, tag="publish"):
+    """From now on, exactly these models are served, each on its route."""
+
+    models: tuple[Model, ...]
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Answer when nothing travels on these routes any more, or after `timeout` seconds."""
+
+    routes: tuple[RouteId, ...]
+    timeout: float
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Fail what travels on these routes: `reason` is the answer its clients get."""
+
+    routes: tuple[RouteId, ...]
+    reason: str
+
+
+Body: TypeAlias = Load | Connect | Retire | Stop | Publish | Drain | Abort
+
+
+class Command(msgspec.Struct, frozen=True):
+    sequence: int
+    body: Body
+
+
+# What children say.
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    incarnation: Incarnation
+    pid: int
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    sequence: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    sequence: int
+    reason: str
+
+
+class ChannelReport(msgspec.Struct, frozen=True):
+    """One connection of a block; `endpoint` is "local:<block>" inside a worker."""
+
+    endpoint: str
+    carrier: str
+    messages: int
+    bytes: int
+    host_bytes: int
+
+
+class BlockReport(msgspec.Struct, frozen=True):
+    """`compute_ms` is the sum over `batches`; on a GPU as the device's own events measured it."""
+
+    block: BlockName
+    requests: dict[PipelineName, int]
+    failures: int
+    batches: int
+    compute_ms: float
+    channels: tuple[ChannelReport, ...]
+
+
+class WorkerReport(msgspec.Struct, frozen=True, tag="worker"):
+    blocks: tuple[BlockReport, ...]
+
+
+class PipelineCount(msgspec.Struct, frozen=True):
+    requests: int
+    errors: int
+
+
+class GatewayReport(msgspec.Struct, frozen=True, tag="gateway"):
+    """Per pipeline; `url` is where the inference API listens."""
+
+    url: str
+    pipelines: dict[PipelineName, PipelineCount]
+
+
+FromChild: TypeAlias = Hello | Done | Failed | WorkerReport | GatewayReport
+
+
+# What travels with tensors, in TensorMQ's `note`.
+
+
+class Hop(msgspec.Struct, frozen=True, array_like=True):
+    """A request's time at a block in milliseconds, by the host's clock.
+
+    On a GPU `compute_ms` is the time to launch the work, for nothing on the path waits for it.
+    """
+
+    block: str
+    queue_ms: float
+    compute_ms: float
+
+
+class Note(msgspec.Struct, frozen=True, array_like=True):
+    """`error` and the HTTP `status` it maps to, when the request failed at a block."""
+
+    hops: tuple[Hop, ...] = ()
+    error: str | None = None
+    status: int = 500
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+_decode_from_child: msgspec.msgpack.Decoder[FromChild] = msgspec.msgpack.Decoder(FromChild)
+decode_from_child = _decode_from_child.decode
+_decode_note = msgspec.msgpack.Decoder(Note)
+
+
+def decode_note(note: bytes) -> Note:
+    """The note of a message; an empty one for a message that has none."""
+    return _decode_note.decode(note) if note else Note()

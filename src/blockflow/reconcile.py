@@ -1,0 +1,294 @@
+"""What should be, against what is: pure decisions over topologies, manifests and workers.
+
+`validate` says whether a topology can be deployed, `plan_workers` which processes it asks for, and
+`diff` what to start and stop so that the running ones become those.
+"""
+
+from __future__ import annotations
+
+import graphlib
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import msgspec
+
+from blockflow.artifact import BATCH, Digest, Manifest, Port
+from blockflow.topology import BlockName, Pipeline, PipelineName, Topology, WorkerName
+
+
+class BlockSpec(msgspec.Struct, frozen=True):
+    """Everything that a worker needs to know of one of its blocks."""
+
+    name: BlockName
+    digest: Digest
+    device: str
+    max_batch: int
+
+
+class WorkerSpec(msgspec.Struct, frozen=True):
+    """A process that should exist. `blocks` is sorted by name, so equal specs compare equal."""
+
+    name: WorkerName
+    device: str
+    blocks: tuple[BlockSpec, ...]
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What turns the running workers into the desired ones.
+
+    A changed worker is in both `start` (as it should be) and `stop` (as it was): the old one goes
+    only after the routes lead to the new one. Each part is sorted by worker name.
+    """
+
+    keep: tuple[WorkerSpec, ...]
+    start: tuple[WorkerSpec, ...]
+    stop: tuple[WorkerSpec, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing has to change."""
+        return not self.start and not self.stop
+
+
+class Signature(msgspec.Struct, frozen=True):
+    """What a pipeline takes and gives. `max_batch` is the least of its blocks' limits, in rows."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    max_batch: int
+
+
+def validate(
+    topology: Topology,
+    manifests: Mapping[Digest, Manifest | str],
+    devices: Collection[str],
+) -> list[str]:
+    """List every reason why `topology` cannot be deployed; an empty list means that it can.
+
+    Args:
+        topology: what someone wants.
+        manifests: what the store says of each artifact: its manifest, or in words why it has none.
+            A digest that is absent is not in the store.
+        devices: the names of the devices that exist ("cpu", "cuda:0", ...).
+    """
+    return [
+        *_artifact_problems(topology, manifests),
+        *_device_problems(topology, devices),
+        *_worker_problems(topology),
+        *_chain_problems(topology),
+        *_cycle_problems(topology),
+        *_port_problems(topology, manifests),
+    ]
+
+
+def wiring(previous: Manifest, following: Manifest) -> dict[str, str]:
+    """Map each input of `following` to the output of `previous` that feeds it.
+
+    Blocks connect by name where both sides use the same names, and by position otherwise.
+
+    Raises:
+        ValueError: `previous` gives another number of tensors than `following` takes, which
+            `validate` refuses.
+    """
+    takes = [port.name for port in following.inputs]
+    gives = [port.name for port in previous.outputs]
+    if set(takes) == set(gives):
+        return {name: name for name in takes}
+    return dict(zip(takes, gives, strict=True))
+
+
+def pipeline_signature(
+    topology: Topology, manifests: Mapping[Digest, Manifest], name: PipelineName
+) -> Signature:
+    """Say what clients of a pipeline send and receive; `topology` has passed `validate`."""
+    blocks = [topology.blocks[block] for block in topology.pipelines[name].blocks]
+    return Signature(
+        inputs=manifests[Digest(blocks[0].artifact)].inputs,
+        outputs=manifests[Digest(blocks[-1].artifact)].outputs,
+        max_batch=min(block.max_batch for block in blocks),
+    )
+
+
+def plan_workers(topology: Topology) -> dict[WorkerName, WorkerSpec]:
+    """Say which processes `topology`, which has passed `validate`, asks for.
+
+    A block that names no worker gets one of its own, named after the block.
+    """
+    members: dict[WorkerName, list[BlockSpec]] = defaultdict(list)
+    for name, block in sorted(topology.blocks.items()):
+        spec = BlockSpec(BlockName(name), Digest(block.artifact), block.device, block.max_batch)
+        members[WorkerName(block.worker or name)].append(spec)
+    return {
+        worker: WorkerSpec(worker, blocks[0].device, tuple(blocks))
+        for worker, blocks in sorted(members.items())
+    }
+
+
+def diff(
+    running: Mapping[WorkerName, WorkerSpec], desired: Mapping[WorkerName, WorkerSpec]
+) -> Plan:
+    """Say what to keep, start and stop. The worker is the unit: one that changed is replaced."""
+    keep = {name for name, spec in desired.items() if running.get(name) == spec}
+    return Plan(
+        keep=tuple(desired[name] for name in sorted(keep)),
+        start=tuple(desired[name] for name in sorted(desired.keys() - keep)),
+        stop=tuple(running[name] for name in sorted(running.keys() - keep)),
+    )
+
+
+def _artifact_problems(
+    topology: Topology, manifests: Mapping[Digest, Manifest | str]
+) -> Iterator[str]:
+    store = f"the store {topology.store}" if topology.store else "the store"
+    for name, block in topology.blocks.items():
+        match manifests.get(Digest(block.artifact)):
+            case None:
+                yield (
+                    f"block {name}: artifact {block.artifact} is not in {store}; "
+                    "split the model into that store, or point `store` at the one that has it"
+                )
+            case str() as reason:
+                yield f"block {name}: artifact {block.artifact} cannot be used: {reason}"
+            case Manifest() as manifest:
+                yield from _batch_problems(name, block.max_batch, manifest)
+
+
+def _batch_problems(name: str, max_batch: int, manifest: Manifest) -> Iterator[str]:
+    for port in manifest.inputs:
+        rows = port.shape[0] if port.shape else BATCH
+        if isinstance(rows, int) and rows > max_batch:
+            yield (
+                f"block {name}: its artifact takes exactly {rows} rows ({_port(port)}), more than "
+                f"its max_batch of {max_batch}; set max_batch to at least {rows}"
+            )
+
+
+def _device_problems(topology: Topology, devices: Collection[str]) -> Iterator[str]:
+    for name, block in topology.blocks.items():
+        if block.device not in devices:
+            there_are = ", ".join(sorted(devices)) or "none"
+            yield f"block {name}: there is no device {block.device} here; there are: {there_are}"
+
+
+def _worker_problems(topology: Topology) -> Iterator[str]:
+    named: dict[str, list[str]] = defaultdict(list)
+    for name, block in topology.blocks.items():
+        if block.worker is not None:
+            named[block.worker].append(name)
+    for worker, blocks in named.items():
+        if worker in topology.blocks and topology.blocks[worker].worker is None:
+            yield (
+                f"worker {worker}: {_blocks(blocks)} asked for it, but block {worker} names no "
+                f"worker and gets one of its own with that name; write `worker: {worker}` at block "
+                f"{worker} to share it, or choose another name"
+            )
+        if len({topology.blocks[block].device for block in blocks}) > 1:
+            where = ", ".join(f"{block} on {topology.blocks[block].device}" for block in blocks)
+            yield f"worker {worker}: its blocks must share one device, but it has {where}"
+
+
+def _chain_problems(topology: Topology) -> Iterator[str]:
+    for name, pipeline in topology.pipelines.items():
+        for block, times in Counter(pipeline.blocks).items():
+            if block not in topology.blocks:
+                known = ", ".join(topology.blocks) or "none"
+                yield f"pipeline {name}: there is no block {block}; there are: {known}"
+            if times > 1:
+                yield (
+                    f"pipeline {name}: block {block} comes twice; a pipeline passes each block "
+                    "once (deploy the artifact under a second name to run it again)"
+                )
+
+
+def _cycle_problems(topology: Topology) -> Iterator[str]:
+    """Look for blocks that wait for each other.
+
+    A block that waits for a free slot in the next one keeps its own slots. Two pipelines that pass
+    the same blocks in opposite order would then stop each other for ever.
+    """
+    users: dict[tuple[str, str], str] = {}
+    for name, pipeline in topology.pipelines.items():
+        if not _repeats(pipeline):
+            for edge in itertools.pairwise(pipeline.blocks):
+                users.setdefault(edge, name)
+    while cycle := _find_cycle(users):
+        path = " → ".join(cycle)
+        steps = ", ".join(
+            f"{before} → {after} in pipeline {users[before, after]}"
+            for before, after in itertools.pairwise(cycle)
+        )
+        yield (
+            f"the pipelines form a cycle {path} ({steps}): the blocks would wait for each other's "
+            "slots for ever; deploy one of them under a second name"
+        )
+        users = {edge: user for edge, user in users.items() if not set(edge) & set(cycle)}
+
+
+def _repeats(pipeline: Pipeline) -> bool:
+    return len(set(pipeline.blocks)) < len(pipeline.blocks)
+
+
+def _find_cycle(edges: Collection[tuple[str, str]]) -> list[str]:
+    followers: dict[str, list[str]] = defaultdict(list)
+    for before, after in edges:
+        followers[after].append(before)
+    try:
+        graphlib.TopologicalSorter(followers).prepare()
+    except graphlib.CycleError as error:
+        cycle: list[str] = error.args[1]
+        return cycle
+    return []
+
+
+def _port_problems(topology: Topology, manifests: Mapping[Digest, Manifest | str]) -> Iterator[str]:
+    def manifest_of(block: str) -> Manifest | None:
+        if block not in topology.blocks:
+            return None
+        manifest = manifests.get(Digest(topology.blocks[block].artifact))
+        return manifest if isinstance(manifest, Manifest) else None
+
+    for name, pipeline in topology.pipelines.items():
+        for before, after in itertools.pairwise(pipeline.blocks):
+            previous, following = manifest_of(before), manifest_of(after)
+            if previous is not None and following is not None:
+                for misfit in _misfits(before, previous, after, following):
+                    yield f"pipeline {name}: {misfit}"
+
+
+def _misfits(before: str, previous: Manifest, after: str, following: Manifest) -> Iterator[str]:
+    if len(previous.outputs) != len(following.inputs):
+        yield (
+            f"block {before} gives {_ports(previous.outputs)} but block {after} takes "
+            f"{_ports(following.inputs)}"
+        )
+        return
+    outputs = {port.name: port for port in previous.outputs}
+    source = wiring(previous, following)
+    for taken in following.inputs:
+        given = outputs[source[taken.name]]
+        if not _fits(given, taken):
+            yield f"block {before} gives {_port(given)} but block {after} takes {_port(taken)}"
+
+
+def _fits(given: Port, taken: Port) -> bool:
+    if given.dtype != taken.dtype or len(given.shape) != len(taken.shape):
+        return False
+    # Only one way round: a block that takes any number of rows also takes a fixed number.
+    return all(
+        have == want or (axis == 0 and want == BATCH)
+        for axis, (have, want) in enumerate(zip(given.shape, taken.shape, strict=True))
+    )
+
+
+def _port(port: Port) -> str:
+    return f"{port.name} {port.dtype}[{','.join(map(str, port.shape))}]"
+
+
+def _ports(ports: Sequence[Port]) -> str:
+    count = "1 tensor" if len(ports) == 1 else f"{len(ports)} tensors"
+    return f"{count} ({', '.join(map(_port, ports))})" if ports else count
+
+
+def _blocks(names: Sequence[str]) -> str:
+    return f"{'block' if len(names) == 1 else 'blocks'} {', '.join(names)}"

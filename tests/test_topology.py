@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blockflow.errors import TopologyInvalid
+from blockflow.topology import MAX_BYTES, Block, Pipeline, Topology, dump, parse, parse_json
+
+DIGEST = "sha256-" + "a" * 64
+
+GOOD = f"""
+store: ./store
+blocks:
+  trunk: {{artifact: {DIGEST}, device: "cuda:0", worker: gpu, max_batch: 32}}
+  head:  {{artifact: {DIGEST}}}
+pipelines:
+  digits: {{blocks: [trunk, head]}}
+"""
+
+
+def problems(source: str | bytes | dict[str, object]) -> list[str]:
+    with pytest.raises(TopologyInvalid) as caught:
+        parse(source)
+    return list(caught.value.problems)
+
+
+def outcome(read: Callable[[Any], Topology], source: object) -> Topology | tuple[str, ...]:
+    try:
+        return read(source)
+    except TopologyInvalid as error:
+        return error.problems
+
+
+def test_reads_blocks_and_pipelines() -> None:
+    assert parse(GOOD) == Topology(
+        store="./store",
+        blocks={
+            "trunk": Block(artifact=DIGEST, device="cuda:0", worker="gpu", max_batch=32),
+            "head": Block(artifact=DIGEST, device="cpu", worker=None, max_batch=8),
+        },
+        pipelines={"digits": Pipeline(blocks=("trunk", "head"))},
+    )
+
+
+def test_bytes_text_and_plain_data_read_alike() -> None:
+    plain = {"blocks": {"a": {"artifact": DIGEST}}}
+    text = f"blocks: {{a: {{artifact: {DIGEST}}}}}"
+    assert parse(text) == parse(text.encode()) == parse(b"\xef\xbb\xbf" + text.encode())
+    assert parse(text) == parse(plain)
+
+
+def test_an_empty_topology_is_valid() -> None:
+    assert parse("{}") == parse({}) == parse_json("{}") == Topology()
+
+
+@pytest.mark.parametrize("text", ["", "   \n", "# only a comment\n"])
+def test_an_empty_file_is_refused_rather_than_read_as_remove_everything(text: str) -> None:
+    assert problems(text) == ["it is empty; to remove everything, write {}"]
+
+
+def test_every_problem_is_listed_in_plain_words() -> None:
+    text = f"""
+blocks:
+  a: {{artifact: {DIGEST}, devise: cpu, max_batch: yes}}
+  b: {{device: gpu}}
+  1: {{artifact: {DIGEST}}}
+  c: 3
+  -x: {{artifact: {DIGEST}}}
+  d: {{artifact: ../../etc, worker: "", max_batch: 0}}
+pipelines:
+  p: [a]
+  q: {{blocks: a}}
+  r: {{blocks: []}}
+  s: {{blocks: [1, a b]}}
+extra: 1
+"""
+    name_rule = (
+        "a name has 1 to 63 letters, digits, '_', '.' or '-', and starts with a letter or a digit"
+    )
+    digest_rule = "must be a digest: sha256- and 64 hex digits, as `blockflow split` prints it"
+    assert sorted(problems(text)) == sorted(
+        [
+            "blocks.a.devise: is not a known setting; did you mean device?",
+            "blocks.a.max_batch: must be a whole number from 1 to 4096, not True",
+            "blocks.b.artifact: is missing",
+            "blocks.b.device: must be cpu or cuda:<index>, such as cuda:0, not 'gpu'",
+            "blocks: 1 is no name: it is read as a number; put it in quotes",
+            "blocks.c: must be a mapping of settings, not a number",
+            f"blocks: '-x' is no name: {name_rule}",
+            f"blocks.d.artifact: {digest_rule}, not '../../etc'",
+            f"blocks.d.worker: must be a name; {name_rule}, not ''",
+            "blocks.d.max_batch: must be a whole number from 1 to 4096, not 0",
+            "pipelines.p: must be a mapping of settings, not a list",
+            "pipelines.q.blocks: must be a list of block names, not text",
+            "pipelines.r.blocks: must name at least one block",
+            "pipelines.s.blocks[0]: 1 is no name: it is read as a number; put it in quotes",
+            f"pipelines.s.blocks[1]: 'a b' is no name: {name_rule}",
+            "extra: is not a known setting; known are store, blocks, pipelines",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("blocks:", "blocks: must be a mapping of names, not empty (write {} for none)"),
+        ("- a", "it must be a mapping with `blocks` and `pipelines`, not a list"),
+        ("hello", "it must be a mapping with `blocks` and `pipelines`, not text"),
+        ("1: 2", "1: a setting's name must be text; put it in quotes"),
+        ("store: ''", "store: must be the path of a directory, not ''"),
+        ('store: "a\\0b"', "store: must be the path of a directory, not 'a\\x00b'"),
+    ],
+)
+def test_wrong_shapes_are_explained(text: str, problem: str) -> None:
+    assert problems(text) == [problem]
+
+
+def test_duplicate_names_are_refused_with_their_lines() -> None:
+    text = f"""
+blocks:
+  a: {{artifact: {DIGEST}}}
+  b: {{artifact: {DIGEST}, device: cpu, device: cpu}}
+  a: {{artifact: {DIGEST}}}
+pipelines: {{}}
+pipelines: {{}}
+"""
+    assert sorted(problems(text)) == [
+        "blocks.a: is defined twice (lines 3 and 5)",
+        "blocks.b.device: is defined twice (lines 4 and 4)",
+        "pipelines: is defined twice (lines 6 and 7)",
+    ]
+
+
+def test_duplicates_do_not_hide_other_problems() -> None:
+    text = "blocks: {a: {device: gpu}, a: {}}"
+    assert problems(text) == [
+        "blocks.a: is defined twice (lines 1 and 1)",
+        "blocks.a.artifact: is missing",
+    ]
+
+
+def test_json_duplicates_are_refused() -> None:
+    with pytest.raises(TopologyInvalid, match="blocks: is defined twice"):
+        parse_json('{"blocks": {}, "blocks": {}}')
+
+
+@pytest.mark.parametrize("text", ["{", "", "nope", '{"blocks": NaN}', "[" * 100_000, b"\xff"])
+def test_bad_json_is_a_problem_not_a_crash(text: str | bytes) -> None:
+    with pytest.raises(TopologyInvalid):
+        parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: {b", "line 1, column 6"),
+        ("a: 1\n---\nb: 2", "line 2, column 1"),
+        ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ("a: !!int x", "invalid literal"),
+        ("a: " + "9" * 10_000, "Exceeds the limit"),
+        ("? [a]\n: 1", "unhashable key"),
+        ("a\x00", "unacceptable character"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
+        ("[" * 100_000, "nested too deeply"),
+        ("x" * (MAX_BYTES + 1), f"it has {MAX_BYTES + 1} bytes; at most {MAX_BYTES} are read"),
+    ],
+)
+def test_bad_yaml_is_a_problem_not_a_crash(text: str | bytes, words: str) -> None:
+    (problem,) = problems(text)
+    assert words in problem
+
+
+def test_aliases_that_stand_for_too_much_are_refused() -> None:
+    levels = "".join(
+        f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n"
+        for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    (problem,) = problems("a: &a [x]\n" + levels)
+    assert "aliases stand for more than" in problem
+
+
+def test_aliases_that_nest_too_deeply_are_refused() -> None:
+    levels = "".join(f"k{i + 1}: &k{i + 1} [[[[*k{i}]]]]\n" for i in range(100))
+    assert problems(f"k0: &k0 [x]\n{levels}store: *k100") == ["it is nested too deeply"]
+
+
+@pytest.mark.parametrize("depth", [40, 500, 900])
+def test_json_that_nests_too_deeply_is_refused(depth: int) -> None:
+    text = '{"store": ' + "[" * depth + "]" * depth + "}"
+    with pytest.raises(TopologyInvalid, match="nested too deeply"):
+        parse_json(text)
+
+
+def test_a_number_too_long_to_print_is_refused() -> None:
+    (problem,) = problems("store: 0x" + "f" * 10_000)
+    assert problem == "store: must be the path of a directory, not a number"
+
+
+def test_an_alias_to_itself_is_refused() -> None:
+    (problem,) = problems("blocks: &b {a: *b}")
+    assert "aliases stand for more than" in problem
+
+
+def test_aliases_and_merge_keys_may_be_used() -> None:
+    text = f"blocks: {{a: &a {{artifact: {DIGEST}, worker: w}}, b: {{<<: *a, max_batch: 2}}}}"
+    blocks = parse(text).blocks
+    assert blocks["b"] == Block(artifact=DIGEST, worker="w", max_batch=2)
+
+
+def test_a_name_that_looks_like_a_date_stays_a_name() -> None:
+    assert list(parse(f"blocks: {{2024-01-31: {{artifact: {DIGEST}}}}}").blocks) == ["2024-01-31"]
+
+
+names = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_.-]{0,12}\Z")
+blocks = st.builds(
+    Block,
+    artifact=st.text("0123456789abcdef", min_size=64, max_size=64).map("sha256-".__add__),
+    device=st.sampled_from(["cpu", "cuda:0", "cuda:11"]),
+    worker=st.none() | names,
+    max_batch=st.integers(1, 4096),
+)
+topologies = st.builds(
+    Topology,
+    store=st.none() | st.text(min_size=1).filter(lambda text: "\x00" not in text),
+    blocks=st.dictionaries(names, blocks, max_size=4),
+    pipelines=st.dictionaries(
+        names,
+        st.builds(Pipeline, blocks=st.lists(names, min_size=1, max_size=4).map(tuple)),
+        max_size=3,
+    ),
+)
+
+
+@given(topologies)
+def test_what_is_dumped_is_read_back(topology: Topology) -> None:
+    assert parse(dump(topology)) == topology
+    assert parse_json(topology.model_dump_json()) == topology
+
+
+@given(st.text(max_size=200) | st.binary(max_size=200))
+def test_no_text_does_anything_but_parse_or_be_refused(text: str | bytes) -> None:
+    assert outcome(parse, text)
+    assert outcome(parse_json, text)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5) | st.integers() | st.none(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "store": plain,
+            "blocks": plain
+            | st.dictionaries(
+                names,
+                plain | st.dictionaries(st.sampled_from([*Block.model_fields, "x"]), plain),
+            ),
+            "pipelines": plain
+            | st.dictionaries(names, plain | st.fixed_dictionaries({"blocks": plain})),
+        },
+    )
+)
+def test_any_data_is_accepted_or_explained(data: dict[str, object]) -> None:
+    result = outcome(parse, data)
+    assert isinstance(result, Topology) or not any("Input should" in each for each in result)
