@@ -1,0 +1,132 @@
+"""The gateway process: the inference API in front of the blocks.
+
+    python -m blockflow.gateway --control ENDPOINT --incarnation N --parent PID --results ENDPOINT
+                                --fd LISTENING_SOCKET ...
+
+The server binds the listening socket and hands it down, so that clients wait rather than fail
+while a gateway is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Coroutine
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from blockflow import protocol
+from blockflow.child import ControlSocket, die_with_parent, start_logging
+from blockflow.errors import BlockFlowError
+from blockflow.gateway.dispatch import BlockDispatcher
+from blockflow.gateway.http import Limits, create_app
+from tensormq import TensorMQError
+
+log = logging.getLogger(__name__)
+
+_REPORT_EVERY = 0.5
+
+
+class Gateway:
+    """Serves HTTP and carries out the server's commands, on one event loop."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        options = self._options
+        self._dispatcher = BlockDispatcher(
+            options.results, queue_depth=options.queue_depth, timeout=options.request_timeout
+        )
+        limits = Limits(body_bytes=options.max_body_bytes, infer_seconds=options.request_timeout)
+        listener = socket.socket(fileno=options.fd)
+        self._url = "http://{}:{}".format(*listener.getsockname()[:2])
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(self._dispatcher, limits),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        self._control = ControlSocket(options.control, protocol.Incarnation(options.incarnation))
+        # The descriptor signals edges: it must be drained whenever it fires, and after sends.
+        asyncio.get_running_loop().add_reader(self._control.socket.fileno(), self._hear)
+        self._start(self._report())
+        self._hear()
+        await self._server.serve(sockets=[listener])
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._dispatcher.close()
+        asyncio.get_running_loop().remove_reader(self._control.socket.fileno())
+        self._control.close()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _hear(self) -> None:
+        while (command := self._control.hear()) is not None:
+            self._start(self._obey(command))
+
+    async def _report(self) -> None:
+        while True:
+            self._control.say(protocol.GatewayReport(self._url, self._dispatcher.counts()))
+            self._hear()
+            await asyncio.sleep(_REPORT_EVERY)
+
+    async def _obey(self, command: protocol.Command) -> None:
+        answer: protocol.Done | protocol.Failed = protocol.Done(command.sequence)
+        try:
+            match command.body:
+                case protocol.Connect(routes=routes):
+                    await self._dispatcher.connect(routes)
+                case protocol.Retire(routes=ids):
+                    await self._dispatcher.retire(ids)
+                case protocol.Publish(models=models):
+                    self._dispatcher.publish(models)
+                case protocol.Drain(routes=ids, timeout=timeout):
+                    await self._dispatcher.drain(ids, timeout)
+                case protocol.Abort(routes=ids, reason=reason):
+                    self._dispatcher.abort(ids, reason)
+                case protocol.Stop():
+                    self._server.should_exit = True
+                case other:
+                    raise BlockFlowError(f"a gateway does not know the command {other}")
+        except (BlockFlowError, TensorMQError) as error:
+            answer = protocol.Failed(command.sequence, str(error))
+        self._control.say(answer)
+        self._hear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m blockflow.gateway")
+    parser.add_argument("--control", required=True)
+    parser.add_argument("--incarnation", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--results", required=True)
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--queue-depth", type=int, required=True)
+    parser.add_argument("--request-timeout", type=float, required=True)
+    parser.add_argument("--max-body-bytes", type=int, required=True)
+    parser.add_argument("--log-level", default="info")
+    options = parser.parse_args()
+    die_with_parent(options.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when we stop
+    start_logging("gateway", options.log_level)
+    uvloop.run(Gateway(options).run())
+    logging.shutdown()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Brings requests to the blocks and their answers back: asyncio on one side, TensorMQ on the other.
+
+A thread owns the gateway's TensorMQ ends. A request crosses to it once with its tensors' bytes,
+which are written into a slot that the first block reads from, and crosses back with the answer's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from blockflow import oip
+from blockflow.artifact import Port
+from blockflow.errors import (
+    BlockFailed,
+    BlockFlowError,
+    DeadlineExceeded,
+    Overloaded,
+    Unavailable,
+)
+from blockflow.gateway.http import ModelStatus
+from blockflow.protocol import Model, PipelineCount, Route, RouteId, decode_note
+from blockflow.topology import PipelineName
+from tensormq import Loop, Message, Peer, Pull, Push, Request, TensorMQError, slot_size
+from tensormq import Timeout as NoSlot
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Outcome: TypeAlias = oip.InferResult | BlockFlowError
+
+_FAILURES: Mapping[int, type[BlockFlowError]] = {
+    cls.status: cls for cls in (BlockFailed, Unavailable, DeadlineExceeded)
+}
+
+
+@dataclass
+class _Entry:
+    """The first block of one or more routes: a channel of its own, so that its queue is its own."""
+
+    push: Push
+    peer: Peer
+    under_way: int = 0
+
+
+@dataclass
+class _Way:
+    route: Route
+    entry: _Entry
+    under_way: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Pending:
+    way: _Way
+    answer: asyncio.Future[oip.InferResult]
+
+
+class BlockDispatcher:
+    """Implements `http.Dispatcher` over deployed blocks. All methods belong to the event loop.
+
+    results: endpoint for answers. queue_depth: requests that may be under way through one first
+    block. timeout: seconds that a request may take which names no time of its own.
+    """
+
+    def __init__(self, results: str, *, queue_depth: int, timeout: float) -> None:
+        self._depth = queue_depth
+        self._timeout = timeout
+        self._asyncio = asyncio.get_running_loop()
+        self._models: dict[str, ModelStatus] = {}
+        self._routes: dict[str, RouteId] = {}
+        self._ways: dict[RouteId, _Way] = {}
+        self._pending: dict[int, _Pending] = {}
+        self._ids = itertools.count(1)
+        self._requests: Counter[PipelineName] = Counter()
+        self._errors: Counter[PipelineName] = Counter()
+        self._settled = asyncio.Event()
+        self._tensors = _TensorThread(results, queue_depth, self._settle)
+
+    # What the HTTP side asks
+
+    def models(self) -> Mapping[str, ModelStatus]:
+        return self._models
+
+    async def infer(self, model: str, request: oip.InferRequest) -> oip.InferResult:
+        route = self._routes.get(model)
+        if route is None:
+            status = self._models.get(model)
+            raise Unavailable(
+                f"model {model!r} is not ready: "
+                f"{status.reason if status is not None else 'it was just removed'}"
+            )
+        way = self._ways[route]
+        name = way.route.pipeline
+        self._requests[name] += 1
+        if way.entry.under_way >= self._depth:
+            self._errors[name] += 1
+            raise Overloaded(
+                f"{way.entry.under_way} requests are under way through block "
+                f"{way.route.steps[0].block}, as many as are allowed; try again later"
+            )
+        number = next(self._ids)
+        seconds = min(request.timeout or self._timeout, self._timeout)
+        deadline = time.monotonic() + seconds
+        pending = _Pending(way, self._asyncio.create_future())
+        self._pending[number] = pending
+        way.under_way.add(number)
+        way.entry.under_way += 1
+        try:
+            envelope = Request(number, request.rows, deadline)
+            self._tensors.submit(way.entry, request.inputs, envelope, route)
+            async with asyncio.timeout(seconds):
+                return await pending.answer
+        except TimeoutError:
+            self._errors[name] += 1
+            raise DeadlineExceeded(f"model {model!r} did not answer within {seconds:g} s") from None
+        except BlockFlowError:
+            self._errors[name] += 1
+            raise
+        finally:
+            del self._pending[number]
+            way.under_way.discard(number)
+            way.entry.under_way -= 1
+            self._settled.set()
+
+    # What the server orders
+
+    async def connect(self, routes: Iterable[Route]) -> None:
+        """Open a channel to the first block of each route. Raises TensorMQError."""
+        for route in routes:
+            entry = await asyncio.wrap_future(self._tensors.open(route))
+            self._ways[route.id] = _Way(route, entry)
+
+    async def retire(self, routes: Iterable[RouteId]) -> None:
+        """Forget routes, and close the channels that no route needs any more."""
+        for route in routes:
+            way = self._ways.pop(route, None)
+            if way is not None:
+                unused = all(other.entry is not way.entry for other in self._ways.values())
+                await asyncio.wrap_future(self._tensors.retire(way.route, close=unused))
+
+    def publish(self, models: Iterable[Model]) -> None:
+        """Serve exactly these models; takes effect for the next request."""
+        models = tuple(models)
+        self._models = {
+            m.metadata.name: ModelStatus(m.metadata, m.route is not None, m.reason) for m in models
+        }
+        self._routes = {m.metadata.name: m.route for m in models if m.route is not None}
+
+    async def drain(self, routes: Iterable[RouteId], seconds: float) -> None:
+        """Wait until nothing is under way on these routes, at most `seconds`."""
+        ways = [self._ways[route] for route in routes if route in self._ways]
+        end = self._asyncio.time() + seconds
+        while any(way.under_way for way in ways):
+            self._settled.clear()
+            try:
+                async with asyncio.timeout_at(end):
+                    await self._settled.wait()
+            except TimeoutError:
+                left = sum(len(way.under_way) for way in ways)
+                log.warning("%d requests are still under way after %s s", left, seconds)
+                return
+
+    def abort(self, routes: Iterable[RouteId], reason: str) -> None:
+        """Answer everything under way on these routes with 503 and `reason`."""
+        for route in routes:
+            if (way := self._ways.get(route)) is not None:
+                for number in tuple(way.under_way):
+                    self._settle(number, Unavailable(reason))
+
+    def counts(self) -> dict[PipelineName, PipelineCount]:
+        return {
+            name: PipelineCount(count, self._errors[name]) for name, count in self._requests.items()
+        }
+
+    async def close(self) -> None:
+        self.abort(tuple(self._ways), "the server is shutting down")
+        await asyncio.to_thread(self._tensors.close)
+
+    # What comes back
+
+    def _settle(self, number: int, outcome: _Outcome) -> None:
+        """Answer a request, unless its client or its deadline was quicker."""
+        pending = self._pending.get(number)
+        if pending is None or pending.answer.done():
+            return
+        if isinstance(outcome, BlockFlowError):
+            pending.answer.set_exception(outcome)
+        else:
+            pending.answer.set_result(outcome)
+
+
+class _TensorThread:
+    """The thread that owns the gateway's Push and Pull ends.
+
+    settle: called in the event loop with a request's id and its answer or failure.
+    """
+
+    def __init__(self, results: str, depth: int, settle: Callable[[int, _Outcome], None]) -> None:
+        self._depth = depth
+        self._settle = settle
+        self._asyncio = asyncio.get_running_loop()
+        self._loop = Loop()
+        self._pull = Pull(results, loop=self._loop)
+        self._entries: dict[str, _Entry] = {}
+        self._outputs: dict[RouteId, tuple[Port, ...]] = {}
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="gateway tensors")
+        self._thread.start()
+
+    # Called from the event loop
+
+    def submit(
+        self, entry: _Entry, inputs: Iterable[oip.TensorValue], request: Request, route: RouteId
+    ) -> None:
+        """Write `inputs` into a slot of the first block's channel and send it."""
+
+        def send() -> None:
+            try:
+                self._send(entry, tuple(inputs), request, route)
+            except NoSlot:
+                # Requests whose clients left, or ran out of time, may still hold slots.
+                self._answer(request.id, Overloaded("every input slot is in use; try again later"))
+            except TensorMQError as error:
+                reason = f"the first block cannot be reached: {error}"
+                self._answer(request.id, Unavailable(reason))
+
+        self._loop.call_soon(send)
+
+    def open(self, route: Route) -> Future[_Entry]:
+        """Open the channel to a route's first block, or find the one that is open."""
+        return self._perform(lambda: self._open(route))
+
+    def retire(self, route: Route, *, close: bool) -> Future[None]:
+        """Forget a route and, if asked, close the channel to its first block."""
+        return self._perform(lambda: self._retire(route, close))
+
+    def close(self) -> None:
+        def stop() -> None:
+            self._stopping = True
+
+        self._loop.call_soon(stop)
+        self._thread.join()
+
+    def _perform(self, job: Callable[[], _T]) -> Future[_T]:
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(job())
+            except TensorMQError as error:
+                future.set_exception(error)
+
+        # Not in the callback itself: a job may wait for a peer, and a callback must not.
+        self._loop.call_soon(lambda: self._jobs.append(run))
+        return future
+
+    # The thread
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._loop.run_once()
+            while self._jobs:
+                self._jobs.popleft()()
+            while (message := self._pull.poll()) is not None:
+                with message:
+                    self._deliver(message)
+        for entry in self._entries.values():
+            entry.push.close()
+        self._pull.close()
+        self._loop.close()
+
+    def _open(self, route: Route) -> _Entry:
+        self._outputs[route.id] = route.outputs
+        endpoint = route.steps[0].endpoint
+        entry = self._entries.get(endpoint)
+        if entry is None:
+            size = slot_size(
+                {port.name: (port.dtype, port.sized(route.max_batch)) for port in route.inputs}
+            )
+            push = Push(slots=self._depth, slot_bytes=size, loop=self._loop)
+            try:
+                entry = _Entry(push, push.connect(endpoint))
+            except BaseException:
+                push.close()
+                raise
+            self._entries[endpoint] = entry
+        return entry
+
+    def _retire(self, route: Route, close: bool) -> None:
+        self._outputs.pop(route.id, None)
+        entry = self._entries.pop(route.steps[0].endpoint, None) if close else None
+        if entry is not None:
+            entry.push.close()
+
+    def _send(
+        self,
+        entry: _Entry,
+        inputs: tuple[oip.TensorValue, ...],
+        request: Request,
+        route: RouteId,
+    ) -> None:
+        filling = entry.push.allocate(
+            {tensor.name: (tensor.dtype, tensor.shape) for tensor in inputs},
+            to=entry.peer,
+            timeout=0,
+        )
+        for tensor in inputs:
+            raw: np.ndarray[Any, Any] = filling.tensors[tensor.name].reshape(-1).view(np.uint8)
+            raw[:] = np.frombuffer(tensor.data, np.uint8)
+        entry.push.send(filling, to=entry.peer, requests=(request,), route=route)
+
+    def _deliver(self, message: Message) -> None:
+        note = decode_note(message.note)
+        if note.error is not None:
+            failure = _FAILURES.get(note.status, BlockFailed)(note.error)
+            for request in message.requests:
+                self._answer(request.id, failure)
+            return
+        timings = [(hop.block, hop.compute_ms) for hop in note.hops]
+        ports = self._outputs.get(RouteId(message.route), ())
+        start = 0
+        for request in message.requests:
+            rows = slice(start, start + request.rows)
+            start += request.rows
+            outputs = []
+            for port in ports:
+                array = message.tensors[port.name]
+                mine = array[rows] if len(message.requests) > 1 else array
+                # Copied, for the slot goes back to the block now and a client may be slow.
+                data = memoryview(mine.tobytes())
+                outputs.append(oip.TensorValue(port.name, port.dtype, mine.shape, data))
+            self._answer(request.id, oip.InferResult(outputs, timings))
+
+    def _answer(self, number: int, outcome: _Outcome) -> None:
+        self._asyncio.call_soon_threadsafe(self._settle, number, outcome)

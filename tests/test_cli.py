@@ -1,0 +1,424 @@
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from blockflow import __version__, cli
+from blockflow.api import create_app
+from blockflow.artifact import Digest, Manifest, Store
+from blockflow.errors import StartFailed, TopologyInvalid
+from blockflow.gateway.http import create_app as create_gateway
+from blockflow.options import ServeOptions
+from blockflow.reconcile import validate
+from blockflow.status import BlockState
+from blockflow.topology import Block, Pipeline, Topology, dump, parse
+from fake_controller import DIGEST, WANTED, FakeController
+from fake_gateway import serving, zoo
+
+
+def run(*arguments: object) -> Result:
+    """Run the command line in this process, on a terminal of 80 columns."""
+    return CliRunner().invoke(
+        cli.app, [str(each) for each in arguments], env={"COLUMNS": "80", "TERM": "dumb"}
+    )
+
+
+def spawn(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    """Start the command line as users do; stdout and stderr are read as text."""
+    command = [sys.executable, "-c", "from blockflow.cli import main; main()", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )  # type: ignore[call-overload]
+
+
+def refused(result: Result, code: int = 1) -> list[str]:
+    """The lines on stderr of a verb that failed as it should."""
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.stderr.splitlines()
+
+
+@pytest.fixture
+def controller() -> FakeController:
+    return FakeController()
+
+
+@pytest.fixture
+def control(controller: FakeController) -> Iterator[str]:
+    """The address of a server's management API."""
+    with serving(create_app(controller)) as (host, port):
+        yield f"http://{host}:{port}"
+
+
+@pytest.fixture
+def gateway() -> Iterator[str]:
+    """The address of a server's inference API."""
+    with serving(create_gateway(zoo())) as (host, port):
+        yield f"http://{host}:{port}"
+
+
+@pytest.fixture
+def closed() -> str:
+    """An address where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def topology_file(tmp_path: Path) -> Path:
+    path = tmp_path / "topology.yaml"
+    path.write_text(dump(WANTED.model_copy(update={"store": "store"})))
+    return path
+
+
+# --------------------------------------------------------------------------------- the whole
+
+
+def test_version() -> None:
+    assert run("--version").output == f"blockflow {__version__}\n"
+
+
+def test_help_lists_every_verb() -> None:
+    output = run("--help").output
+    for verb in ("split", "serve", "apply", "status", "infer", "demo"):
+        assert verb in output
+
+
+def test_what_does_not_compute_starts_without_torch() -> None:
+    code = (
+        "import sys, blockflow.cli, blockflow.client, blockflow.status, blockflow.options\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_verbs_that_ask_a_server_never_import_torch(
+    control: str, gateway: str, topology_file: Path
+) -> None:
+    code = """
+import sys
+from typer.testing import CliRunner
+from blockflow.cli import app
+for verb in sys.argv[1].split("|"):
+    result = CliRunner().invoke(app, verb.split())
+    assert result.exit_code == 0, result.output
+assert "torch" not in sys.modules
+"""
+    verbs = (
+        f"apply {topology_file} --server {control}|status --server {control}"
+        f"|infer double --random --server {gateway}"
+    )
+    subprocess.run([sys.executable, "-c", code, verbs], check=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["apply"],
+        ["status", "--nonsense"],
+        ["infer", "p"],
+        ["infer", "p", "--input", "x"],
+        ["infer", "p", "--random", "--rows", "0"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    refused(run(*arguments), 2)
+
+
+def test_a_real_process_reports_an_error_in_one_line(closed: str) -> None:
+    process = spawn("status", "--server", closed)
+    output, error = process.communicate(timeout=30)
+    assert (process.returncode, output) == (1, "")
+    assert error == (
+        f"error: no BlockFlow server answers at {closed}; start one with `blockflow serve`\n"
+    )
+
+
+def test_a_traceback_is_shown_on_request(closed: str) -> None:
+    process = spawn("status", "--server", closed, env=os.environ | {"BLOCKFLOW_TRACEBACK": "1"})
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "Traceback" in error
+
+
+def test_ctrl_c_exits_with_130() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(30)
+        process = spawn("status", "--server", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        connection, _ = listener.accept()
+        with connection:
+            process.send_signal(signal.SIGINT)
+            output, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (output, error) == ("", "")
+
+
+# ------------------------------------------------------------------------------------- split
+
+TINY = """
+import torch
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+
+    def forward(self, x):
+        return self.layers(x)
+"""
+
+
+def test_split_writes_blocks_and_a_topology_that_finds_them(tmp_path: Path) -> None:
+    (tmp_path / "tiny.py").write_text(TINY)
+    (tmp_path / "deploy").mkdir()
+    process = spawn(
+        *("split", "tiny:Tiny", "--blocks", 3, "--store", "store", "--name", "toy"),
+        *("--input", "x:float32[batch,4]", "-o", "deploy/topology.yaml"),
+        cwd=tmp_path,
+        env=os.environ | {"COLUMNS": "80"},
+    )
+    output, error = process.communicate(timeout=100)
+    assert (process.returncode, error) == (0, "")
+    assert max(map(len, output.splitlines())) <= 100
+    topology = parse((tmp_path / "deploy" / "topology.yaml").read_text())
+    assert topology.store == "../store"
+    (name,) = topology.pipelines
+    assert name == "toy"
+    store = Store(tmp_path / "store")
+    chain = [topology.blocks[each] for each in topology.pipelines[name].blocks]
+    manifests: dict[Digest, Manifest | str] = {
+        Digest(block.artifact): store.verify(block.artifact) for block in chain
+    }
+    assert len(manifests) == 3
+    assert validate(topology, manifests, ["cpu"]) == []
+    for block in chain:
+        assert block.artifact.removeprefix("sha256-")[:12] in output
+
+
+def test_split_refuses_bad_names_before_it_works(tmp_path: Path) -> None:
+    output = tmp_path / "topology.yaml"
+    arguments = ["split", "resnet18", "--blocks", 2, "--store", tmp_path / "store", "-o", output]
+    assert len(refused(run(*arguments, "--name", "a b", "--device", "gpu"))) == 3
+    output.write_text("mine")
+    assert refused(run(*arguments)) == [f"error: {output} exists; --force replaces it"]
+    assert output.read_text() == "mine"
+    missing = tmp_path / "missing" / "topology.yaml"
+    (line,) = refused(run(*arguments[:-1], missing))
+    assert line.startswith("error: there is no directory ")
+    assert not (tmp_path / "store").exists()
+
+
+# ------------------------------------------------------------------------------------- serve
+
+
+def test_every_option_of_the_server_is_a_flag_with_its_default() -> None:
+    parameters = inspect.signature(cli.serve).parameters
+    assert set(parameters) == set(ServeOptions.model_fields)
+    for name, field in ServeOptions.model_fields.items():
+        assert parameters[name].default == field.default, name
+
+
+def test_a_host_that_others_can_reach_is_refused() -> None:
+    (line,) = refused(run("serve", "--host", "192.168.0.7"))
+    assert line.startswith("error: host: 192.168.0.7 is not a loopback address")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.53", "::1", "localhost"])
+def test_loopback_hosts_are_taken(host: str) -> None:
+    assert ServeOptions(host=host).host == host
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--port", "70000"], "control_port"),
+        (["--queue-depth", "0"], "queue_depth"),
+        (["--log-level", "loud"], "log_level"),
+    ],
+)
+def test_options_out_of_range_are_named(flags: list[str], word: str) -> None:
+    (line,) = refused(run("serve", *flags))
+    assert line.startswith(f"error: {word}: ")
+
+
+def test_serve_refuses_a_file_that_is_not_there_or_not_a_topology(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.yaml"
+    assert refused(run("serve", "--topology", missing)) == [
+        f"error: {missing}: No such file or directory"
+    ]
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("blocks: {a: {}, b: {device: gpu, artifact: x}}")
+    assert refused(run("serve", "--topology", bad)) == [
+        "error: the topology has 3 problems:",
+        "  blocks.a.artifact: is missing",
+        (
+            "  blocks.b.artifact: must be a digest: sha256- and 64 hex digits, "
+            "as `blockflow split` prints it, not 'x'"
+        ),
+        "  blocks.b.device: must be cpu or cuda:<index>, such as cuda:0, not 'gpu'",
+    ]
+
+
+# ------------------------------------------------------------------------------------- apply
+
+
+def test_apply_sends_the_file_with_an_absolute_store(
+    control: str, controller: FakeController, topology_file: Path
+) -> None:
+    result = run("apply", topology_file, "--server", control)
+    assert result.output == "started: a, b\ngeneration 1 serves\n"
+    assert controller.current.store == str(topology_file.parent / "store")
+    assert controller.current.blocks == WANTED.blocks
+
+
+def test_apply_says_what_a_dry_run_would_do(
+    control: str, controller: FakeController, topology_file: Path
+) -> None:
+    result = run("apply", topology_file, "--dry-run", "--server", control)
+    assert result.output == (
+        "would be started: a, b\ngeneration 0 still serves: this was a dry run\n"
+    )
+    assert controller.current == Topology()
+
+
+def test_apply_leaves_the_store_to_the_server_where_the_file_names_none(
+    control: str, controller: FakeController, tmp_path: Path
+) -> None:
+    path = tmp_path / "topology.yaml"
+    path.write_text("{}")
+    assert run("apply", path, "--server", control).exit_code == 0
+    assert controller.current.store is None
+
+
+def test_apply_lists_every_problem_that_the_server_finds(
+    control: str, controller: FakeController, topology_file: Path
+) -> None:
+    controller.error = TopologyInvalid(["block a: no device", "pipeline p: no block"])
+    assert refused(run("apply", topology_file, "--server", control)) == [
+        "error: the topology has 2 problems:",
+        "  block a: no device",
+        "  pipeline p: no block",
+    ]
+
+
+def test_apply_says_why_a_start_failed(
+    control: str, controller: FakeController, topology_file: Path
+) -> None:
+    controller.error = StartFailed("worker a: out of memory; generation 1 keeps serving")
+    assert refused(run("apply", topology_file, "--server", control)) == [
+        "error: worker a: out of memory; generation 1 keeps serving"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"a: {b", "not valid YAML: line 1"), (b"\xff", "not UTF-8"), (b"", "it is empty")],
+)
+def test_apply_refuses_a_file_that_is_no_yaml(
+    control: str, tmp_path: Path, content: bytes, words: str
+) -> None:
+    path = tmp_path / "topology.yaml"
+    path.write_bytes(content)
+    first, problem = refused(run("apply", path, "--server", control))
+    assert first == "error: the topology has 1 problem:"
+    assert words in problem
+
+
+def test_apply_refuses_a_directory(tmp_path: Path) -> None:
+    assert refused(run("apply", tmp_path)) == [f"error: {tmp_path}: Is a directory"]
+
+
+# ------------------------------------------------------------------------------------ status
+
+
+def test_status_of_a_server_without_blocks(control: str) -> None:
+    assert run("status", "--server", control).output == "generation 0\nnothing is deployed\n"
+
+
+def test_status_shows_everything_within_80_columns(
+    control: str, controller: FakeController
+) -> None:
+    long = "a-block-with-a-name-as-long-as-names-may-be." + "x" * 19
+    controller.current = Topology(
+        blocks={long: Block(artifact=DIGEST, device="cuda:10"), "b": Block(artifact=DIGEST)},
+        pipelines={long: Pipeline(blocks=(long, "b"))},
+    )
+    controller.states = {"b": (BlockState.STARTING, "loads [3 of 4] files")}
+    output = run("status", "--server", control).output
+    assert max(map(len, output.splitlines())) <= 80
+    for words in ("starting", "ready", "cuda:10", "3.1 kB", "shm", "loads [3 of 4] files"):
+        assert words in output
+
+
+def test_status_as_json(control: str, controller: FakeController) -> None:
+    controller.current = WANTED
+    shown = json.loads(run("status", "--json", "--server", control).output)
+    assert set(shown) == {"generation", "pipelines", "blocks", "devices", "problem"}
+    assert [block["name"] for block in shown["blocks"]] == ["a", "b"]
+    assert shown["devices"][0]["name"] == "cpu"
+
+
+# ------------------------------------------------------------------------------------- infer
+
+
+def test_infer_sends_arrays_and_saves_the_answer(gateway: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "left.npy", np.float32([[1, 2]]))
+    np.save(tmp_path / "right.npy", np.int64([[3, 30]]))
+    result = run(
+        *("infer", "two-heads", "--server", gateway, "-o", tmp_path / "out.npz"),
+        *("--input", f"left={tmp_path / 'left.npy'}", "-i", f"right={tmp_path / 'right.npy'}"),
+    )
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 80 + len(str(tmp_path))
+    assert "answered in " in result.output
+    with np.load(tmp_path / "out.npz") as saved:
+        assert set(saved) == {"sum", "big", "half"}
+        np.testing.assert_array_equal(saved["sum"], [[4, 32]])
+        np.testing.assert_array_equal(saved["big"], [[False, True]])
+
+
+def test_infer_makes_up_the_inputs_that_are_not_given(gateway: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "right.npy", np.int64([[3, 30]] * 3))
+    result = run(
+        *("infer", "two-heads", "--server", gateway, "--random", "--rows", 3),
+        *("--input", f"right={tmp_path / 'right.npy'}"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "3×2" in result.output
+
+
+def test_any_output_name_can_be_saved(tmp_path: Path) -> None:
+    cli._save(tmp_path / "out.npz", {"file": np.zeros(2), "allow_pickle": np.ones((), bool)})
+    with np.load(tmp_path / "out.npz") as saved:
+        assert saved["file"].shape == (2,)
+        assert saved["allow_pickle"]
+
+
+def test_infer_reports_what_the_server_refuses(gateway: str) -> None:
+    (line,) = refused(run("infer", "nobody", "--random", "--server", gateway))
+    assert line.startswith("error: ")
+    assert "nobody" in line
+
+
+def test_infer_refuses_files_that_hold_no_array(tmp_path: Path, gateway: str) -> None:
+    bad, pickled, many = tmp_path / "bad.npy", tmp_path / "pickled.npy", tmp_path / "many.npz"
+    bad.write_text("hello")
+    np.save(pickled, np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(many, a=np.zeros(1))
+    for path in (bad, pickled, many, tmp_path / "missing.npy"):
+        (line,) = refused(run("infer", "double", "--input", f"x={path}", "--server", gateway))
+        assert line.startswith("error: ")
+        assert str(path) in line
