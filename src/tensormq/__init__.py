@@ -23,7 +23,7 @@ from .errors import (
 from .loop import Loop
 from .pull import Message, Pull
 from .push import ChannelStatistics, Filling, Peer, Push
-from .wire import Carrier, Request
+from .wire import Carrier, Request, slot_size
 
 __all__ = [
     "Carrier",
@@ -43,4 +43,5 @@ __all__ = [
     "TensorTooLarge",
     "Timeout",
     "UnsupportedTensor",
+    "slot_size",
 ]

@@ -133,7 +133,6 @@ class _Channel:
     def tensors(self, descriptor: wire.Deliver, payload: memoryview | None) -> dict[str, Any]:
         if not descriptor.tensors:
             return {}
-        self.leases += 1
         if self._device is not None:
             return dict(self._device.readable(descriptor.slot, descriptor.tensors))
         if self._host is not None:
@@ -199,11 +198,10 @@ class Pull:
         self._loop = loop or Loop()
         self._owns_loop = loop is None
         self._channels: dict[bytes, _Channel] = {}
-        self._inbox: deque[Message] = deque()
+        self._inbox: deque[tuple[_Channel, wire.Deliver, memoryview | None]] = deque()
         self._completions: Completions | None = None
         self._closed = False
         self.rejected = 0
-        self.on_message: Callable[[], None] | None = None
         self._abilities = host.abilities(device, carriers)
         self._lock, self._path = _claim(endpoint)
         self._socket = self._loop.context.socket(zmq.ROUTER)
@@ -220,11 +218,16 @@ class Pull:
         """The next message, in the order of arrival. Raises Timeout after `timeout` seconds."""
         if not self._loop.run_until(lambda: bool(self._inbox), timeout):
             raise Timeout(f"no message at {self.endpoint} within {timeout} s")
-        return self._inbox.popleft()
+        return self._take()
 
     def poll(self) -> Message | None:
         """The next message if one is there already; for callers that run the loop themselves."""
-        return self._inbox.popleft() if self._inbox else None
+        return self._take() if self._inbox else None
+
+    def _take(self) -> Message:
+        # Only now does the current stream wait for the content: work on earlier messages must not.
+        channel, descriptor, payload = self._inbox.popleft()
+        return Message(channel, descriptor, channel.tensors(descriptor, payload))
 
     @property
     def waiting(self) -> int:
@@ -274,11 +277,10 @@ class Pull:
                         payload is None or payload.nbytes < last
                     ):
                         raise ProtocolError("a descriptor without all the bytes it describes")
+                    channel.leases += 1
                 elif message.slot != -1:
                     raise ProtocolError("a slot without tensors")
-                self._inbox.append(Message(channel, message, channel.tensors(message, payload)))
-                if self.on_message is not None:
-                    self.on_message()
+                self._inbox.append((channel, message, payload))
             case wire.Bye():
                 channel.ending = True
                 if not channel.leases:
@@ -373,8 +375,8 @@ class Pull:
         if self._closed:
             return
         self._closed = True
-        while self._inbox:
-            self._inbox.popleft().release()
+        while (message := self.poll()) is not None:
+            message.release()
         if self._completions is not None:
             self._completions.close()
             self._completions = None

@@ -267,6 +267,12 @@ def lay_out(
     return tuple(specs)
 
 
+def slot_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes that a slot needs to hold these tensors, given as name → (dtype, shape)."""
+    specs = lay_out(tensors, slot_bytes=1 << 62)
+    return max((spec.offset + spec.nbytes for spec in specs), default=0) or ALIGNMENT
+
+
 def check_descriptor(message: Deliver, slots: int, slot_bytes: int) -> None:
     """Refuse a descriptor that points outside its slab. Raises ProtocolError."""
     if not 0 <= message.slot < slots:

@@ -1,0 +1,176 @@
+"""The whole system on one machine: `blockflow serve`.
+
+This process holds the management API and the controller; it starts the gateway and the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from blockflow.api import create_app
+from blockflow.child import start_logging
+from blockflow.controller import Controller
+from blockflow.errors import StartFailed
+from blockflow.options import ServeOptions
+
+log = logging.getLogger(__name__)
+
+_LOCK = "server.lock"
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises StartFailed when a port or the run directory is taken or a block does not come up, and
+    TopologyInvalid when the topology cannot be deployed.
+    """
+    start_logging("server", options.log_level)
+    with (
+        _listener(options.host, options.control_port, "management") as control,
+        _listener(options.host, options.http_port, "inference") as inference,
+        _run_directory(options.run_dir) as run_dir,
+    ):
+        uvloop.run(_serve(options, run_dir, control, inference))
+
+
+async def _serve(
+    options: ServeOptions, run_dir: Path, control: socket.socket, inference: socket.socket
+) -> None:
+    controller = Controller(options, run_dir, inference.fileno())
+    server = _Server(
+        uvicorn.Config(
+            create_app(controller),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    serving = loop.create_task(server.serve(sockets=[control]))
+    log.info("inference at %s, management at %s", _url(inference), _url(control))
+    starting = loop.create_task(controller.start())
+    stopped = loop.create_task(stop.wait())
+    try:
+        await asyncio.wait((starting, stopped, serving), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            log.info("ready")
+            await asyncio.wait((stopped, serving), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (starting, stopped):
+            task.cancel()
+        await asyncio.gather(starting, stopped, return_exceptions=True)
+        server.should_exit = True
+        await controller.close()
+        await serving
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to `_serve`, which has more to stop than this server."""
+        yield
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def _listener(host: str, port: int, what: str) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen(1024)
+        except OSError as error:
+            raise StartFailed(
+                f"the {what} API cannot listen on {host}:{port}: {error.strerror}; "
+                "stop what is there or choose another port"
+            ) from None
+        yield listener
+    finally:
+        listener.close()
+
+
+@contextlib.contextmanager
+def _run_directory(chosen: Path | None) -> Iterator[Path]:
+    """A directory for sockets that only this user can enter, gone afterwards.
+
+    Its lock is held as long as this process lives, so that a directory which a killed server left
+    behind is known as such and removed by the next one.
+    """
+    if chosen is None:
+        base = _private_directory(_default_base())
+        _sweep(base)
+        run_dir = Path(tempfile.mkdtemp(dir=base))
+    else:
+        run_dir = _private_directory(chosen.absolute())
+    lock = _try_lock(run_dir)
+    if lock is None:
+        raise StartFailed(f"another server runs in {run_dir}; choose another --run-dir")
+    try:
+        for left in run_dir.iterdir():
+            if left.name != _LOCK:
+                left.unlink()
+        yield run_dir
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        os.close(lock)
+
+
+def _default_base() -> Path:
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and Path(runtime).is_dir():
+        return Path(runtime) / "blockflow"
+    return Path(tempfile.gettempdir()) / f"blockflow-{os.getuid()}"
+
+
+def _private_directory(path: Path) -> Path:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if (
+        not stat.S_ISDIR(found.st_mode)
+        or found.st_uid != os.getuid()
+        or stat.S_IMODE(found.st_mode) & 0o077
+    ):
+        raise StartFailed(f"{path} must be a directory of this user with mode 0700")
+    return path
+
+
+def _try_lock(run_dir: Path) -> int | None:
+    lock = os.open(run_dir / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _sweep(base: Path) -> None:
+    """Remove the directories of servers that were killed."""
+    for directory in base.iterdir():
+        if directory.is_dir() and (lock := _try_lock(directory)) is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+            os.close(lock)

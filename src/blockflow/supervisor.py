@@ -1,0 +1,227 @@
+"""Child processes: started, led by commands, heard, and stopped or mourned."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from blockflow import protocol
+from blockflow.errors import StartFailed
+from blockflow.protocol import Incarnation
+
+log = logging.getLogger(__name__)
+
+_LAST_WORDS = 2000
+_COMMAND_TIMEOUT = 60.0
+
+
+class Child:
+    """A process that was started; `report` is the last one it sent."""
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: Incarnation,
+        process: asyncio.subprocess.Process,
+        log_file: Path,
+        send: Callable[[bytes], None],
+    ) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.pid = process.pid
+        self.report: protocol.WorkerReport | protocol.GatewayReport | None = None
+        self.on_exit: Callable[[str], None] | None = None
+        self._process = process
+        self._log_file = log_file
+        self._send = send
+        self._sequences = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._greeted = asyncio.get_running_loop().create_future()
+        self._exited = asyncio.get_running_loop().create_task(self._watch())
+
+    @property
+    def alive(self) -> bool:
+        return not self._exited.done()
+
+    async def command(self, body: protocol.Body, seconds: float = _COMMAND_TIMEOUT) -> None:
+        """Have `body` carried out. Raises StartFailed when it fails, takes too long or dies."""
+        sequence = next(self._sequences)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[sequence] = done
+        self._send(protocol.encode(protocol.Command(sequence, body)))
+        what = type(body).__name__.lower()
+        try:
+            await self._unless_it_dies(done, seconds, f"carry out {what!r}")
+        finally:
+            del self._waiting[sequence]
+
+    async def greeted(self, seconds: float) -> None:
+        """Wait for its Hello. Raises StartFailed."""
+        await self._unless_it_dies(self._greeted, seconds, "say hello")
+
+    async def stop(self, seconds: float) -> None:
+        """Ask it to end; kill it when it has not after `seconds`."""
+        self.on_exit = None
+        if self.alive:
+            with contextlib.suppress(StartFailed):
+                await self.command(protocol.Stop(), seconds)
+            try:
+                async with asyncio.timeout(seconds):
+                    await asyncio.shield(self._exited)
+            except TimeoutError:
+                log.warning("%s does not stop; killing it", self.name)
+        await self.kill()
+
+    async def kill(self) -> None:
+        self.on_exit = None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._exited
+        self._log_file.unlink(missing_ok=True)
+
+    def hear(self, message: protocol.FromChild) -> None:
+        match message:
+            case protocol.Hello():
+                if not self._greeted.done():
+                    self._greeted.set_result(None)
+            case protocol.Done(sequence=sequence):
+                if (done := self._waiting.get(sequence)) is not None and not done.done():
+                    done.set_result(None)
+            case protocol.Failed(sequence=sequence, reason=reason):
+                if (done := self._waiting.get(sequence)) is not None and not done.done():
+                    done.set_exception(StartFailed(reason))
+            case protocol.WorkerReport() | protocol.GatewayReport():
+                self.report = message
+
+    async def _unless_it_dies(self, done: asyncio.Future[None], seconds: float, what: str) -> None:
+        await asyncio.wait(
+            (done, self._exited), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        if done.done():
+            done.result()
+        elif self._exited.done():
+            raise StartFailed(f"{self.name} ended before it could {what}: {self._exited.result()}")
+        else:
+            raise StartFailed(f"{self.name} did not {what} within {seconds:g} s")
+
+    async def _watch(self) -> str:
+        status = await self._process.wait()
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        reason = f"its process ended with {how}"
+        last_words = _tail(self._log_file)
+        if last_words and status >= 0:
+            reason += f"; its last words: {last_words}"
+        if self.on_exit is not None:
+            self.on_exit(reason)
+        return reason
+
+
+class Supervisor:
+    """Starts children and carries messages between them and the server.
+
+    Used from the event loop of the main thread: children die with the thread that started them.
+    """
+
+    def __init__(self, run_dir: Path, log_level: str) -> None:
+        self._run_dir = run_dir
+        self._log_level = log_level
+        self._incarnations = itertools.count(1)
+        self._children: dict[bytes, Child] = {}
+        self._endpoint = f"ipc://{run_dir}/control.sock"
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.bind(self._endpoint)
+        self._ears = asyncio.get_running_loop().create_task(self._listen())
+
+    def next_incarnation(self) -> Incarnation:
+        return Incarnation(next(self._incarnations))
+
+    async def spawn(
+        self,
+        name: str,
+        module: str,
+        incarnation: Incarnation,
+        arguments: Sequence[str],
+        *,
+        seconds: float,
+        pass_fds: Sequence[int] = (),
+    ) -> Child:
+        """Start `python -m module` and wait for its Hello. Raises StartFailed."""
+        log_file = self._run_dir / f"{incarnation}.log"
+        command = [
+            *(sys.executable, "-m", module),
+            *("--control", self._endpoint),
+            *("--incarnation", str(incarnation)),
+            *("--parent", str(os.getpid())),
+            *("--log-level", self._log_level),
+            *arguments,
+        ]
+        environment = {
+            **os.environ,
+            # `cuda:N` means the same device here, in NVML and in the child.
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            # A worker that waits for its turn must not keep a core busy that another computes on.
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        with log_file.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                pass_fds=pass_fds,
+                start_new_session=True,  # Ctrl-C is for the server, which then stops its children
+            )
+        identity = str(incarnation).encode()
+
+        def send(frame: bytes) -> None:
+            self._socket.send_multipart([identity, frame])
+
+        child = Child(name, incarnation, process, log_file, send)
+        self._children[identity] = child
+        try:
+            await child.greeted(seconds)
+        except BaseException:
+            await child.kill()
+            raise
+        return child
+
+    def forget(self, child: Child) -> None:
+        self._children.pop(str(child.incarnation).encode(), None)
+
+    async def close(self) -> None:
+        self._ears.cancel()
+        await asyncio.gather(self._ears, return_exceptions=True)
+        self._socket.close()
+
+    async def _listen(self) -> None:
+        while True:
+            identity, frame = await self._socket.recv_multipart()
+            child = self._children.get(identity)
+            if child is None:
+                continue  # it was given up before it spoke
+            try:
+                child.hear(protocol.decode_from_child(frame))
+            except msgspec.MsgspecError as error:
+                log.warning("%s sent something unreadable: %s", child.name, error)
+
+
+def _tail(log_file: Path) -> str:
+    """The last line that a process wrote, shortened: usually the error that ended it."""
+    try:
+        text = log_file.read_text(errors="replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:_LAST_WORDS] if lines else ""
