@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _STOP_SECONDS = 3.0
 _FIRST_RETRY_SECONDS = 0.5
 _LAST_RETRY_SECONDS = 30.0
+_NO_GATEWAY = "the gateway is being started"
 
 
 @dataclass(eq=False)
@@ -97,6 +98,7 @@ class Controller:
         self._lock = asyncio.Lock()
         self._repairs: set[asyncio.Task[None]] = set()
         self._begun = False
+        self._serving = False
         self._closing = False
 
     # Life
@@ -107,6 +109,8 @@ class Controller:
             await self._start_gateway()
         if self._options.topology is not None:
             await self.apply(self._options.topology)
+        else:
+            await self._publish()
         self._begun = True
 
     async def close(self) -> None:
@@ -189,13 +193,14 @@ class Controller:
         statuses = []
         for model in self._models():
             name = PipelineName(model.metadata.name)
+            reason = model.reason if self._serving else _NO_GATEWAY
             count = counts.get(name, protocol.PipelineCount(0, 0))
             statuses.append(
                 PipelineStatus(
                     name=name,
                     blocks=self._deployed.topology.pipelines[name].blocks,
-                    ready=model.route is not None,
-                    reason=model.reason,
+                    ready=reason is None,
+                    reason=reason,
                     inputs=_ports(model.metadata.inputs),
                     outputs=_ports(model.metadata.outputs),
                     max_batch=model.metadata.max_batch,
@@ -209,6 +214,8 @@ class Controller:
         """What should serve and does not, and why. An update that is under way is not counted."""
         if not self._begun:
             return ["the first topology is being deployed"]
+        if not self._serving:
+            return [_NO_GATEWAY]
         pipelines = [
             f"pipeline {model.metadata.name} is not ready: {model.reason}"
             for model in self._models()
@@ -249,8 +256,6 @@ class Controller:
             metadata = ModelMetadata(name, signature.inputs, signature.outputs, signature.max_batch)
             road = now.roads.get(name)
             reason = "it is being connected" if road is None else road.broken
-            if self._gateway is None:
-                reason = "the gateway is being started"
             route = road.route.id if road is not None and reason is None else None
             models.append(protocol.Model(metadata, route, reason))
         return models
@@ -405,6 +410,7 @@ class Controller:
             # A gateway that fails here is ending, and its successor is told again.
             with contextlib.suppress(StartFailed):
                 await self._gateway.command(protocol.Publish(tuple(self._models())))
+                self._serving = True
 
     async def _leave(self, roads: Iterable[_Road]) -> None:
         """Let what travels on `roads` arrive, then forget them."""
@@ -437,6 +443,7 @@ class Controller:
     def _mourn_gateway(self, reason: str) -> None:
         log.error("the gateway failed: %s", reason)
         self._gateway = None
+        self._serving = False
         self._repair(self._replace_gateway())
 
     def _repair(self, work: Coroutine[Any, Any, None]) -> None:

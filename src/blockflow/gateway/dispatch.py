@@ -77,7 +77,7 @@ class BlockDispatcher:
         self._depth = queue_depth
         self._timeout = timeout
         self._asyncio = asyncio.get_running_loop()
-        self._models: dict[str, ModelStatus] = {}
+        self._models: dict[str, ModelStatus] | None = None
         self._routes: dict[str, RouteId] = {}
         self._ways: dict[RouteId, _Way] = {}
         self._pending: dict[int, _Pending] = {}
@@ -90,12 +90,14 @@ class BlockDispatcher:
     # What the HTTP side asks
 
     def models(self) -> Mapping[str, ModelStatus]:
+        if self._models is None:
+            raise Unavailable("BlockFlow is starting: nothing is deployed yet")
         return self._models
 
     async def infer(self, model: str, request: oip.InferRequest) -> oip.InferResult:
         route = self._routes.get(model)
         if route is None:
-            status = self._models.get(model)
+            status = self.models().get(model)
             raise Unavailable(
                 f"model {model!r} is not ready: "
                 f"{status.reason if status is not None else 'it was just removed'}"

@@ -59,7 +59,10 @@ class Dispatcher(Protocol):
     """What the gateway needs from whoever brings requests to the blocks."""
 
     def models(self) -> Mapping[str, ModelStatus]:
-        """Every deployed model by name, as of now. Called for every request: must be cheap."""
+        """Every deployed model by name, as of now. Called for every request: must be cheap.
+
+        Raises `Unavailable` while it is not known yet what is deployed.
+        """
         ...
 
     async def infer(self, model: str, request: oip.InferRequest) -> oip.InferResult:

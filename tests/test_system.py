@@ -1,0 +1,426 @@
+"""The whole system: real processes, real sockets, real kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+import tritonclient.http as triton
+from torch import nn
+
+from blockflow import models
+from blockflow.artifact import Port, Store
+from blockflow.client import InferenceClient
+from blockflow.errors import (
+    BlockFlowError,
+    DeadlineExceeded,
+    TopologyInvalid,
+    Unavailable,
+)
+from blockflow.split import split_model, topology_for
+from running import Fragile, Mlp, Server, Slow, free_port, store_model, topology, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"), create=True)
+
+
+@pytest.fixture(scope="module")
+def mlp(store: Store) -> list[str]:
+    """The digests of `Mlp()` in three blocks."""
+    return store_model(store, Mlp(), 3)
+
+
+@pytest.fixture
+def directory(run_dir: Path) -> Path:
+    return run_dir
+
+
+def answer(model: nn.Module, x: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return model.eval()(torch.from_numpy(x)).numpy()
+
+
+def some_rows(rows: int = 1, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, 16), np.float32)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Load:
+    """Requests without a pause from a thread, each answer checked, until told to stop."""
+
+    def __init__(self, server: Server, pipeline: str, model: nn.Module) -> None:
+        self.good = 0
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._arguments = server.http_port, pipeline, model
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        port, pipeline, model = self._arguments
+        x = some_rows(2, seed=3)
+        expected = answer(model, x)
+        with InferenceClient(f"http://127.0.0.1:{port}", timeout=30) as client:
+            while not self._stop.is_set():
+                try:
+                    got = client.infer(pipeline, {"x": x})["output"]
+                except BlockFlowError as error:
+                    self.failures.append(f"{type(error).__name__}: {error}")
+                    time.sleep(0.05)
+                else:
+                    assert np.allclose(got, expected, atol=1e-5)
+                    self.good += 1
+
+    def __enter__(self) -> Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+@pytest.mark.parametrize(
+    ("device", "carrier"),
+    [("cpu", "shm"), pytest.param("cuda:0", "cuda_ipc", marks=pytest.mark.gpu)],
+)
+def test_resnet50_in_four_blocks_equals_the_monolith(
+    device: str, carrier: str, store: Store, directory: Path
+) -> None:
+    """Through the public Triton client; on a GPU no byte passes the host between two blocks."""
+    source = models.resolve("resnet50")
+    assert isinstance(source, models.ModuleSource)
+    wanted = topology_for(split_model(source, 4, store), "resnet50", device=device)
+    x = np.random.default_rng(0).standard_normal((2, 3, 224, 224), np.float32)
+    with torch.inference_mode():
+        expected = source.module.eval().to(device)(torch.from_numpy(x).to(device)).cpu().numpy()
+    with Server(
+        directory, {**wanted.model_dump(exclude_none=True), "store": str(store.root)}
+    ) as server:
+        server.wait_ready(120)
+        client = triton.InferenceServerClient(f"127.0.0.1:{server.http_port}")
+        try:
+            assert client.is_model_ready("resnet50")
+            for binary in (True, False):
+                given = triton.InferInput("x", list(x.shape), "FP32")
+                given.set_data_from_numpy(x, binary_data=binary)
+                asked = triton.InferRequestedOutput("output", binary_data=binary)
+                got = client.infer("resnet50", [given], outputs=[asked]).as_numpy("output")
+                np.testing.assert_allclose(got, expected, atol=1e-4 if device == "cpu" else 1e-3)
+        finally:
+            client.close()
+        time.sleep(0.6)  # a report
+        blocks = server.control.blocks()
+        assert len({block["pid"] for block in blocks}) == 4
+        between = [c for b in blocks for c in b["channels"] if c["peer"] != "gateway"]
+        assert [c["carrier"] for c in between] == [carrier] * 3
+        assert all(c["messages"] == 2 for c in between)
+        if carrier == "cuda_ipc":
+            assert sum(c["host_bytes"] for c in between) == 0
+
+
+def test_two_pipelines_share_one_copy_of_a_block(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    other = Mlp()
+    with torch.no_grad():
+        other.layers[4].weight += 1  # another head on the same trunk
+    others = store_model(store, other, 3)
+    assert others[:2] == mlp[:2]
+    wanted = topology(
+        store.root,
+        {
+            "a": {"trunk": mlp[0], "middle": mlp[1], "head-a": mlp[2]},
+            "b": {"trunk": mlp[0], "middle": mlp[1], "head-b": others[2]},
+        },
+        trunk={"worker": "shared"},
+        middle={"worker": "shared"},
+    )
+    wanted["blocks"] = {name.replace("_", "-"): block for name, block in wanted["blocks"].items()}
+    x = some_rows(3)
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        for _ in range(2):
+            np.testing.assert_allclose(
+                server.inference.infer("a", {"x": x})["output"], answer(Mlp(), x), atol=1e-6
+            )
+        np.testing.assert_allclose(
+            server.inference.infer("b", {"x": x})["output"], answer(other, x), atol=1e-6
+        )
+        wait_for(lambda: server.block("trunk")["requests"] == 3, 5, "a report")
+        trunk, middle = server.block("trunk"), server.block("middle")
+        assert trunk["requests_by_pipeline"] == {"a": 2, "b": 1}
+        assert trunk["pid"] == middle["pid"]
+        # Two workers for the heads, one for the shared blocks, one gateway.
+        assert len(server.children) == 4
+        local = [c for c in trunk["channels"] if c["peer"] == "middle"]
+        assert [(c["carrier"], c["messages"]) for c in local] == [("local", 3)]
+
+
+def test_a_bad_topology_is_refused_and_what_runs_is_untouched(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    wanted = topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        before = {b["name"]: b["pid"] for b in server.control.blocks()}
+        bad = {
+            "store": str(store.root),
+            "blocks": {
+                "one": {"artifact": mlp[0], "device": "cuda:7"},
+                "two": {"artifact": "sha256-" + "0" * 64},
+                "three": {"artifact": mlp[2]},
+                "four": {"artifact": mlp[1]},
+            },
+            "pipelines": {
+                "a": {"blocks": ["one", "three"]},
+                "b": {"blocks": ["four", "three"]},
+                "c": {"blocks": ["three", "four", "missing"]},
+            },
+        }
+        with Load(server, "a", Mlp()) as load:
+            with pytest.raises(TopologyInvalid) as refused:
+                server.control.put_topology(bad)
+            time.sleep(0.2)
+        text = "\n".join(refused.value.problems)
+        for part in ("cuda:7", "0" * 64, "missing", "cycle", "gives"):
+            assert part in text
+        assert load.failures == []
+        assert load.good > 0
+        assert {b["name"]: b["pid"] for b in server.control.blocks()} == before
+        assert server.control.topology()["generation"] == 1
+
+
+def test_kill_9_of_the_server_leaves_nothing(store: Store, mlp: list[str], directory: Path) -> None:
+    wanted = topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        segments = set(Path("/dev/shm").iterdir())  # noqa: S108
+        children = [child.pid for child in server.children]
+        assert len(children) == 4
+        with Load(server, "a", Mlp()) as load:
+            wait_for(lambda: load.good > 3, 10, "answers")
+            server.process.kill()
+            server.process.wait()
+            wait_for(lambda: not any(map(is_alive, children)), 5, "no child left")
+        assert set(Path("/dev/shm").iterdir()) <= segments  # noqa: S108
+    with Server(directory, wanted) as server:  # the same run directory, whatever was left in it
+        server.wait_ready()
+        assert server.inference.infer("a", {"x": some_rows()})["output"].shape == (1, 4)
+
+
+def test_ctrl_c_ends_everything_within_five_seconds(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    wanted = topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        children = [child.pid for child in server.children]
+        with Load(server, "a", Mlp()) as load:
+            wait_for(lambda: load.good > 3, 10, "answers")
+            assert server.interrupt() < 5
+        assert server.process.returncode == 0
+        assert not any(map(is_alive, children))
+        assert not server.run_dir.exists()
+
+
+def test_ctrl_c_during_the_start(store: Store, mlp: list[str], directory: Path) -> None:
+    wanted = topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
+    with Server(directory, wanted) as server:
+        wait_for(lambda: len(server.children) >= 2, 20, "children")
+        children = [child.pid for child in server.children]
+        assert server.interrupt() < 5
+        assert not any(map(is_alive, children))
+        assert not server.run_dir.exists()
+
+
+def test_a_killed_worker_comes_back_and_no_request_hangs(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    wanted = topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        for victim in ("two", "one", "three"):
+            with Load(server, "a", Mlp()) as load:
+                wait_for(lambda load=load: load.good > 3, 10, "answers")  # type: ignore[misc]
+                pid = server.block(victim)["pid"]
+                os.kill(pid, signal.SIGKILL)
+                wait_for(lambda: not server.control.ready(), 1, "not ready")
+                assert not server.inference.ready("a")
+                server.wait_ready(30)
+                good = load.good
+                wait_for(lambda load=load, good=good: load.good > good, 10, "answers")  # type: ignore[misc]
+            assert server.block(victim)["pid"] != pid
+            assert all("Unavailable" in failure for failure in load.failures)
+            assert any(victim in failure for failure in load.failures)
+
+
+def test_a_killed_gateway_comes_back_at_the_same_port(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    wanted = topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
+    x = some_rows()
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        workers = {b["pid"] for b in server.control.blocks()}
+        (gateway,) = [child for child in server.children if child.pid not in workers]
+        gateway.kill()
+        wait_for(lambda: not server.control.ready(), 1, "not ready")
+        server.wait_ready(30)
+        np.testing.assert_allclose(
+            server.inference.infer("a", {"x": x})["output"], answer(Mlp(), x), atol=1e-6
+        )
+        assert {b["pid"] for b in server.control.blocks()} == workers
+
+
+def test_no_request_fails_during_updates(store: Store, mlp: list[str], directory: Path) -> None:
+    one_each = {"one": mlp[0], "two": mlp[1], "three": mlp[2]}
+    base = topology(store.root, {"a": one_each})
+    with_b = topology(store.root, {"a": one_each, "b": {**one_each}})
+    moved = topology(store.root, {"a": one_each}, two={"worker": "elsewhere"}, one={"max_batch": 4})
+    together = topology(store.root, {"a": one_each}, **{n: {"worker": "w"} for n in one_each})
+    with Server(directory, base) as server, Load(server, "a", Mlp()) as load:
+        server.wait_ready()
+        load.failures.clear()
+        for number, wanted in enumerate((with_b, moved, together, base), start=2):
+            assert server.control.put_topology(wanted, dry_run=True)["generation"] == number - 1
+            assert server.control.put_topology(wanted)["generation"] == number
+            assert server.control.ready()
+        assert server.inference.models()[0]["name"] == "a"
+        assert load.failures == []
+        assert load.good > 50
+        server.control.put_topology({"store": str(store.root)})  # nothing is deployed any more
+        assert server.control.blocks() == []
+        wait_for(lambda: len(server.children) == 1, 5, "only the gateway")
+
+
+def test_a_block_that_cannot_start_is_named_and_the_old_generation_serves(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    base = topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
+    damaged = store_model(store, Mlp(seed=9), 1)[0]
+    program = store.path(damaged) / "program.pt2"
+    program.chmod(0o600)
+    program.write_bytes(program.read_bytes()[:-100])
+    with Server(directory, base) as server:
+        server.wait_ready()
+        worse = {**base, "blocks": {**base["blocks"], "bad": {"artifact": damaged}}}
+        with pytest.raises(BlockFlowError, match=r"bad.*program\.pt2.*old generation"):
+            server.control.put_topology(worse)
+        assert server.control.ready()
+        assert server.inference.infer("a", {"x": some_rows()})["output"].shape == (1, 4)
+        assert len(server.children) == 4
+
+
+def test_a_request_that_breaks_its_block_fails_alone(store: Store, directory: Path) -> None:
+    digests = store_model(store, Fragile(), 1, Port("x", "int64", ("batch", 1)))
+    wanted = topology(store.root, {"f": {"table": digests[0]}})
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        pid = server.block("table")["pid"]
+        for index in (99, 3, 99, 7):
+            x = np.array([[index]])
+            if index == 99:
+                with pytest.raises(BlockFlowError, match="block table failed: IndexError"):
+                    server.inference.infer("f", {"x": x})
+            else:
+                assert server.inference.infer("f", {"x": x})["output"].shape == (1, 4)
+        assert server.block("table")["pid"] == pid
+
+
+def test_deadlines_and_full_queues(store: Store, directory: Path) -> None:
+    digest = store_model(store, Slow(), 1)[0]
+    wanted = topology(store.root, {"s": {"slow": digest}})
+    with Server(directory, wanted, "--queue-depth", "2") as server:
+        server.wait_ready()
+        x = some_rows()
+        start = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            server.inference.infer("s", {"x": x}, deadline=0.05)
+        assert time.monotonic() - start < 2
+        statuses: list[int] = []
+
+        def call() -> None:
+            body = {
+                "inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": [0] * 16}]
+            }
+            url = f"http://127.0.0.1:{server.http_port}/v2/models/s/infer"
+            response = httpx.post(url, json=body, timeout=60)
+            statuses.append(response.status_code)
+            if response.status_code == 429:
+                assert int(response.headers["retry-after"]) >= 1
+
+        threads = [threading.Thread(target=call) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(statuses) == {200, 429}
+        wait_for(
+            lambda: server.inference.infer("s", {"x": x})["output"].shape == (1, 16), 20, "idle"
+        )
+
+
+def test_two_servers_on_one_port(store: Store, mlp: list[str], directory: Path) -> None:
+    with Server(directory, None) as server:
+        server.wait_ready()
+        second = subprocess.run(
+            [sys.executable, "-m", "blockflow", "serve", "--port", str(server.control_port),
+             "--http-port", str(free_port())],
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert f"127.0.0.1:{server.control_port}" in second.stderr
+        assert "Traceback" not in second.stderr
+        third = subprocess.run(
+            [sys.executable, "-m", "blockflow", "serve", "--run-dir", str(server.run_dir),
+             "--port", str(free_port()), "--http-port", str(free_port())],
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert third.returncode == 1
+        assert "another server runs in" in third.stderr
+        assert server.control.ready()
+
+
+def test_the_first_topology_must_be_good(store: Store, mlp: list[str], directory: Path) -> None:
+    wanted = topology(store.root, {"a": {"three": mlp[2], "one": mlp[0]}})
+    with Server(directory, wanted) as server:
+        assert server.process.wait(30) == 1
+        log = server.log.read_text()
+        assert "error: " in log
+        assert "block three gives" in log
+        assert "Traceback" not in log
+
+
+def test_unavailable_is_said_while_starting(store: Store, mlp: list[str], directory: Path) -> None:
+    wanted = topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
+    with Server(directory, wanted) as server:
+
+        def answers() -> bool:
+            try:
+                return server.control.health() == {"status": "ok"}
+            except Unavailable:
+                return False
+
+        wait_for(answers, 20, "the management API")
+        assert not server.control.ready()
+        server.wait_ready()
