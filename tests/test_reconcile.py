@@ -247,8 +247,26 @@ def test_a_pipeline_takes_what_its_first_block_takes_and_no_more_than_its_smalle
     wanted = topology({"a": block("a", max_batch=32), "b": block("b", max_batch=4)}, p="a b")
     manifests = {each.digest: each for each in (a, b)}
     assert pipeline_signature(wanted, manifests, PipelineName("p")) == Signature(
-        a.inputs, b.outputs, 4
+        a.inputs, b.outputs, 4, entry={"image": "image"}, results={"label": "label"}
     )
+
+
+def test_a_pipeline_may_call_its_tensors_by_other_names_than_its_blocks() -> None:
+    a = manifest("a", [port("x", 3), port("mask", 1)], [port("h", 1)])
+    b = manifest("b", [port("h", 1)], [port("y", 10)])
+    blocks = {"a": block("a"), "b": block("b")}
+    pipeline = Pipeline(blocks=("a", "b"), inputs=("image", "where"), outputs=("label",))
+    wanted = Topology(blocks=blocks, pipelines={"p": pipeline})
+    found = pipeline_signature(wanted, {each.digest: each for each in (a, b)}, PipelineName("p"))
+    assert [each.name for each in found.inputs] == ["image", "where"]
+    assert found.entry == {"x": "image", "mask": "where"}
+    assert found.results == {"label": "y"}
+    assert validate(wanted, store(a, b), ["cpu"]) == []
+    wrong = Pipeline(blocks=("a", "b"), inputs=("image",), outputs=("y", "y"))
+    problems = validate(Topology(blocks=blocks, pipelines={"p": wrong}), store(a, b), ["cpu"])
+    assert len(problems) == 3
+    assert "names 1 inputs (image), but block a has 2 tensors" in problems[0]
+    assert "outputs has the name y 2 times" in problems[2]
 
 
 def test_a_block_lives_in_its_own_worker_unless_it_names_one() -> None:

@@ -155,6 +155,7 @@ def test_two_pipelines_share_one_copy_of_a_block(
         trunk={"worker": "shared"},
         middle={"worker": "shared"},
     )
+    wanted["pipelines"]["b"] |= {"inputs": ["image"], "outputs": ["label"]}
     wanted["blocks"] = {name.replace("_", "-"): block for name, block in wanted["blocks"].items()}
     x = some_rows(3)
     with Server(directory, wanted) as server:
@@ -164,7 +165,7 @@ def test_two_pipelines_share_one_copy_of_a_block(
                 server.inference.infer("a", {"x": x})["output"], answer(Mlp(), x), atol=1e-6
             )
         np.testing.assert_allclose(
-            server.inference.infer("b", {"x": x})["output"], answer(other, x), atol=1e-6
+            server.inference.infer("b", {"image": x})["label"], answer(other, x), atol=1e-6
         )
         wait_for(lambda: server.block("trunk")["requests"] == 3, 5, "a report")
         trunk, middle = server.block("trunk"), server.block("middle")

@@ -365,8 +365,9 @@ class Controller:
         workers = tuple(home[block] for block in blocks)
         if any(worker.state is not BlockState.READY for worker in workers):
             return None
+        signature = reconcile.pipeline_signature(deployed.topology, deployed.manifests, name)
         wirings = [
-            {port.name: port.name for port in manifests[0].inputs},
+            signature.entry,
             *(reconcile.wiring(*pair) for pair in itertools.pairwise(manifests)),
         ]
         steps = tuple(
@@ -378,8 +379,9 @@ class Controller:
             pipeline=name,
             steps=steps,
             results=self._results,
-            inputs=manifests[0].inputs,
-            outputs=manifests[-1].outputs,
+            inputs=signature.inputs,
+            outputs=signature.outputs,
+            gives=signature.results,
             max_batch=deployed.topology.blocks[blocks[0]].max_batch,
         )
         return _Road(route, workers)

@@ -36,7 +36,8 @@ class Step(msgspec.Struct, frozen=True):
 class Route(msgspec.Struct, frozen=True):
     """`results` is the endpoint where answers and failures of this route are awaited.
 
-    `inputs` and `max_batch` are the first block's, `outputs` the last block's.
+    `inputs` and `outputs` are the pipeline's, as clients name them; `gives` says under which names
+    the last block sends the outputs. `max_batch` is the first block's.
     """
 
     id: RouteId
@@ -45,6 +46,7 @@ class Route(msgspec.Struct, frozen=True):
     results: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    gives: dict[str, str]
     max_batch: int
 
 

@@ -52,11 +52,17 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Signature(msgspec.Struct, frozen=True):
-    """What a pipeline takes and gives. `max_batch` is the least of its blocks' limits, in rows."""
+    """What a pipeline takes and gives, under the names that its clients use.
+
+    `entry` maps the first block's inputs to the pipeline's, `results` the pipeline's outputs to the
+    last block's. `max_batch` is the least of the blocks' limits, in rows.
+    """
 
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     max_batch: int
+    entry: dict[str, str]
+    results: dict[str, str]
 
 
 def validate(
@@ -102,11 +108,17 @@ def pipeline_signature(
     topology: Topology, manifests: Mapping[Digest, Manifest], name: PipelineName
 ) -> Signature:
     """Say what clients of a pipeline send and receive; `topology` has passed `validate`."""
-    blocks = [topology.blocks[block] for block in topology.pipelines[name].blocks]
+    pipeline = topology.pipelines[name]
+    blocks = [topology.blocks[block] for block in pipeline.blocks]
+    takes = manifests[Digest(blocks[0].artifact)].inputs
+    gives = manifests[Digest(blocks[-1].artifact)].outputs
+    inputs, outputs = _renamed(takes, pipeline.inputs), _renamed(gives, pipeline.outputs)
     return Signature(
-        inputs=manifests[Digest(blocks[0].artifact)].inputs,
-        outputs=manifests[Digest(blocks[-1].artifact)].outputs,
+        inputs=inputs,
+        outputs=outputs,
         max_batch=min(block.max_batch for block in blocks),
+        entry={port.name: ours.name for port, ours in zip(takes, inputs, strict=True)},
+        results={ours.name: port.name for port, ours in zip(gives, outputs, strict=True)},
     )
 
 
@@ -254,6 +266,11 @@ def _port_problems(topology: Topology, manifests: Mapping[Digest, Manifest | str
             if previous is not None and following is not None:
                 for misfit in _misfits(before, previous, after, following):
                     yield f"pipeline {name}: {misfit}"
+        first, last = pipeline.blocks[0], pipeline.blocks[-1]
+        if (entry := manifest_of(first)) is not None:
+            yield from _name_problems(name, "inputs", pipeline.inputs, first, entry.inputs)
+        if (end := manifest_of(last)) is not None:
+            yield from _name_problems(name, "outputs", pipeline.outputs, last, end.outputs)
 
 
 def _misfits(before: str, previous: Manifest, after: str, following: Manifest) -> Iterator[str]:
@@ -269,6 +286,29 @@ def _misfits(before: str, previous: Manifest, after: str, following: Manifest) -
         given = outputs[source[taken.name]]
         if not _fits(given, taken):
             yield f"block {before} gives {_port(given)} but block {after} takes {_port(taken)}"
+
+
+def _renamed(ports: tuple[Port, ...], names: tuple[str, ...] | None) -> tuple[Port, ...]:
+    if names is None:
+        return ports
+    return tuple(
+        Port(name, port.dtype, port.shape) for name, port in zip(names, ports, strict=True)
+    )
+
+
+def _name_problems(
+    pipeline: str, side: str, names: tuple[str, ...] | None, block: str, ports: tuple[Port, ...]
+) -> Iterator[str]:
+    if names is None:
+        return
+    if len(names) != len(ports):
+        yield (
+            f"pipeline {pipeline}: it names {len(names)} {side} ({', '.join(names)}), but block "
+            f"{block} has {_ports(ports)}"
+        )
+    for name, times in Counter(names).items():
+        if times > 1:
+            yield f"pipeline {pipeline}: {side} has the name {name} {times} times"
 
 
 def _fits(given: Port, taken: Port) -> bool:

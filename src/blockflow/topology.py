@@ -30,6 +30,7 @@ _MAX_VALUES = 200_000
 _MAX_DEPTH = 32
 _NESTED = "it is nested too deeply"
 
+PortName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 
 
@@ -59,6 +60,13 @@ class Pipeline(_Frozen):
     """A chain of blocks that clients see as one model."""
 
     blocks: tuple[Name, ...] = Field(min_length=1, description="block names, first to last")
+    # One artifact serves models that call the same tensor by different names.
+    inputs: tuple[PortName, ...] | None = Field(
+        None, description="what clients call the first block's inputs, in its order"
+    )
+    outputs: tuple[PortName, ...] | None = Field(
+        None, description="what clients call the last block's outputs, in its order"
+    )
 
 
 class Topology(_Frozen):

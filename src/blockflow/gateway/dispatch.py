@@ -20,7 +20,6 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from blockflow import oip
-from blockflow.artifact import Port
 from blockflow.errors import (
     BlockFailed,
     BlockFlowError,
@@ -215,7 +214,7 @@ class _TensorThread:
         self._loop = Loop()
         self._pull = Pull(results, loop=self._loop)
         self._entries: dict[str, _Entry] = {}
-        self._outputs: dict[RouteId, tuple[Port, ...]] = {}
+        self._routes: dict[RouteId, Route] = {}
         self._jobs: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="gateway tensors")
@@ -284,7 +283,7 @@ class _TensorThread:
         self._loop.close()
 
     def _open(self, route: Route) -> _Entry:
-        self._outputs[route.id] = route.outputs
+        self._routes[route.id] = route
         endpoint = route.steps[0].endpoint
         entry = self._entries.get(endpoint)
         if entry is None:
@@ -301,7 +300,7 @@ class _TensorThread:
         return entry
 
     def _retire(self, route: Route, close: bool) -> None:
-        self._outputs.pop(route.id, None)
+        self._routes.pop(route.id, None)
         entry = self._entries.pop(route.steps[0].endpoint, None) if close else None
         if entry is not None:
             entry.push.close()
@@ -331,14 +330,16 @@ class _TensorThread:
                 self._answer(request.id, failure)
             return
         timings = [(hop.block, hop.compute_ms) for hop in note.hops]
-        ports = self._outputs.get(RouteId(message.route), ())
+        route = self._routes.get(RouteId(message.route))
+        if route is None:
+            return  # it was retired: nobody waits for this any more
         start = 0
         for request in message.requests:
             rows = slice(start, start + request.rows)
             start += request.rows
             outputs = []
-            for port in ports:
-                array = message.tensors[port.name]
+            for port in route.outputs:
+                array = message.tensors[route.gives[port.name]]
                 mine = array[rows] if len(message.requests) > 1 else array
                 # Copied, for the slot goes back to the block now and a client may be slow.
                 data = memoryview(mine.tobytes())
