@@ -18,12 +18,13 @@ import torch
 import tritonclient.http as triton
 from torch import nn
 
-from blockflow import models
+from blockflow import ledger, models
 from blockflow.artifact import Port, Store
 from blockflow.client import InferenceClient
 from blockflow.errors import (
     BlockFlowError,
     DeadlineExceeded,
+    Poisonous,
     TopologyInvalid,
     Unavailable,
 )
@@ -254,25 +255,53 @@ def test_ctrl_c_during_the_start(store: Store, mlp: list[str], directory: Path) 
         assert not server.run_dir.exists()
 
 
-def test_a_killed_worker_comes_back_and_no_request_hangs(
+def test_no_request_is_lost_when_workers_are_killed(
     store: Store, mlp: list[str], directory: Path
 ) -> None:
     wanted = topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
     with Server(directory, wanted) as server:
         server.wait_ready()
-        for victim in ("two", "one", "three"):
-            with Load(server, "a", Mlp()) as load:
-                wait_for(lambda load=load: load.good > 3, 10, "answers")  # type: ignore[misc]
+        with Load(server, "a", Mlp()) as load, Load(server, "a", Mlp()) as other:
+            for victim in ("two", "one", "three"):
+                good = load.good
+                wait_for(lambda good=good: load.good > good + 3, 10, "answers")  # type: ignore[misc]
                 pid = server.block(victim)["pid"]
                 os.kill(pid, signal.SIGKILL)
                 wait_for(lambda: not server.control.ready(), 1, "not ready")
                 assert not server.inference.ready("a")
                 server.wait_ready(30)
-                good = load.good
-                wait_for(lambda load=load, good=good: load.good > good, 10, "answers")  # type: ignore[misc]
-            assert server.block(victim)["pid"] != pid
-            assert all("Unavailable" in failure for failure in load.failures)
-            assert any(victim in failure for failure in load.failures)
+                assert server.block(victim)["pid"] != pid
+            good = load.good
+            wait_for(lambda: load.good > good + 3, 10, "answers")
+        assert load.failures == other.failures == []
+
+
+def test_a_request_that_workers_die_of_is_refused(store: Store, directory: Path) -> None:
+    digest = store_model(store, Slow(), 1)[0]
+    with Server(directory, topology(store.root, {"s": {"slow": digest}})) as server:
+        server.wait_ready()
+        outcome: list[BlockFlowError] = []
+
+        def call() -> None:
+            with pytest.raises(BlockFlowError) as raised:
+                server.inference.infer("s", {"x": some_rows()})
+            outcome.append(raised.value)
+
+        def computing() -> bool:
+            return any(ledger.read(path) for path in server.run_dir.glob("*.now"))
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        for _ in range(2):
+            wait_for(computing, 20, "a computation")
+            os.kill(server.block("slow")["pid"], signal.SIGKILL)
+            wait_for(lambda: not server.control.ready(), 1, "not ready")
+            server.wait_ready(30)
+        thread.join()
+        assert isinstance(outcome[0], Poisonous)
+        assert "2 workers died while they computed this request" in str(outcome[0])
+        with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
+            assert client.infer("s", {"x": some_rows()})["output"].shape == (1, 16)
 
 
 def test_a_killed_gateway_comes_back_at_the_same_port(

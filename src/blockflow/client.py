@@ -22,6 +22,7 @@ from blockflow.errors import (
     InvalidInput,
     NotFound,
     Overloaded,
+    Poisonous,
     RequestInvalid,
     RequestTooLarge,
     TopologyInvalid,
@@ -240,6 +241,8 @@ def _raise_for_status(
         # Not BlockFlow's words: a proxy's page, or another server at this address.
         refusal = _Refusal(f"{response.url} answered HTTP {status}: {response.text[:200]!r}")
     if status == 422:
+        if bad_request is RequestInvalid:
+            raise Poisonous(refusal.error)
         raise TopologyInvalid(refusal.problems or [refusal.error])
     if status in _BY_STATUS:
         raise _BY_STATUS[status](refusal.error)

@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blockflow import devices, protocol, reconcile
+from blockflow import devices, ledger, protocol, reconcile
 from blockflow.artifact import Digest, Manifest, Store
 from blockflow.errors import BlockFlowError, NotFound, StartFailed, TopologyInvalid
 from blockflow.oip import ModelMetadata
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 _STOP_SECONDS = 3.0
 _FIRST_RETRY_SECONDS = 0.5
 _LAST_RETRY_SECONDS = 30.0
+_CRASH_LOOP = 5
+"""So many deaths within `_MEMORY_SECONDS`, or starts in vain, are a crash loop: nobody waits."""
+_MEMORY_SECONDS = 60.0
 _NO_GATEWAY = "the gateway is being started"
 
 
@@ -47,6 +51,8 @@ class _Worker:
     spec: WorkerSpec
     state: BlockState = BlockState.STARTING
     reason: str | None = None
+    returning: bool = False
+    """It failed, and there is good hope that its successor will be ready soon."""
     child: Child | None = None
     endpoints: dict[BlockName, str] = field(default_factory=dict)
 
@@ -96,6 +102,7 @@ class Controller:
         self._results = ""
         self._route_ids = itertools.count(1)
         self._lock = asyncio.Lock()
+        self._deaths: dict[WorkerName, deque[float]] = {}
         self._repairs: set[asyncio.Task[None]] = set()
         self._begun = False
         self._serving = False
@@ -257,7 +264,10 @@ class Controller:
             road = now.roads.get(name)
             reason = "it is being connected" if road is None else road.broken
             route = road.route.id if road is not None and reason is None else None
-            models.append(protocol.Model(metadata, route, reason))
+            returning = road is not None and all(
+                worker.state is not BlockState.FAILED or worker.returning for worker in road.workers
+            )
+            models.append(protocol.Model(metadata, route, reason, returning))
         return models
 
     # Acting
@@ -439,8 +449,14 @@ class Controller:
         log.error("worker %s failed: %s", worker.spec.name, reason)
         worker.state = BlockState.FAILED
         worker.reason = reason
+        now = asyncio.get_running_loop().time()
+        deaths = self._deaths.setdefault(worker.spec.name, deque())
+        deaths.append(now)
+        while deaths[0] < now - _MEMORY_SECONDS:
+            deaths.popleft()
+        worker.returning = len(deaths) < _CRASH_LOOP
         self._repair(self._abandon(worker))
-        self._repair(self._replace(worker))
+        self._repair(self._replace(worker, deaths=len(deaths)))
 
     def _mourn_gateway(self, reason: str) -> None:
         log.error("the gateway failed: %s", reason)
@@ -469,13 +485,20 @@ class Controller:
         if ids and self._gateway is not None and self._gateway.alive:
             names = ", ".join(block.name for block in worker.spec.blocks)
             reason = f"block {names} failed while it held this request: {worker.reason}"
+            suspects = tuple(
+                request
+                for endpoint in worker.endpoints.values()
+                for request in ledger.read(ledger.ledger_path(endpoint))
+            )
             with contextlib.suppress(StartFailed):
-                await self._gateway.command(protocol.Abort(ids, reason))
+                await self._gateway.command(protocol.Abort(ids, reason, suspects))
 
-    async def _replace(self, dead: _Worker) -> None:
+    async def _replace(self, dead: _Worker, deaths: int) -> None:
+        """Start a successor: at once after one death, ever later after several in a row."""
         name = dead.spec.name
-        pause = _FIRST_RETRY_SECONDS
-        while True:
+        pause = 0.0 if deaths == 1 else _pause(deaths - 2)
+        for attempt in itertools.count(deaths):
+            await asyncio.sleep(pause)
             async with self._lock:
                 if self._deployed.workers.get(name) is not dead:
                     return  # an update has put something else in its place
@@ -486,13 +509,13 @@ class Controller:
                 except StartFailed as error:
                     await self._stop(successor)
                     dead.reason = str(error)
+                    dead.returning = attempt < _CRASH_LOOP
                     log.warning("worker %s cannot be replaced yet: %s", name, error)
                     await self._publish()
                 else:
                     log.info("worker %s is back", name)
                     return
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LAST_RETRY_SECONDS)
+            pause = _pause(attempt - 1)
 
     async def _install(self, dead: _Worker, successor: _Worker) -> None:
         """Route around `dead` through `successor`. Raises StartFailed."""
@@ -515,8 +538,7 @@ class Controller:
         await self._stop(dead)
 
     async def _replace_gateway(self) -> None:
-        pause = _FIRST_RETRY_SECONDS
-        while True:
+        for attempt in itertools.count():
             async with self._lock:
                 try:
                     old = self._deployed
@@ -529,8 +551,12 @@ class Controller:
                 else:
                     log.info("the gateway is back")
                     return
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LAST_RETRY_SECONDS)
+            await asyncio.sleep(_pause(attempt))
+
+
+def _pause(attempt: int) -> float:
+    """Seconds before another try: exponential, from half a second to half a minute."""
+    return min(_FIRST_RETRY_SECONDS * 2.0**attempt, _LAST_RETRY_SECONDS)
 
 
 def _read_manifests(topology: Topology, directory: Path | None) -> dict[Digest, Manifest | str]:

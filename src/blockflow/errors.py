@@ -4,6 +4,7 @@
     ├── InvalidInput           the caller's fault: HTTP 400
     │   ├── TopologyInvalid    every problem of a refused topology: HTTP 422
     │   ├── ModelRefused       a model or file that cannot become blocks
+    │   ├── Poisonous          a request that every worker died of: HTTP 422
     │   └── RequestInvalid     a malformed inference request
     │       └── RequestTooLarge                                   HTTP 413
     ├── NotFound               no such artifact, block or pipeline: HTTP 404
@@ -46,6 +47,12 @@ class TopologyInvalid(InvalidInput):
 
 class ModelRefused(InvalidInput):
     """A model, or a file that holds one, that cannot become blocks."""
+
+
+class Poisonous(InvalidInput):
+    """A request that was being computed each time when a worker died, more than once."""
+
+    status = 422
 
 
 class RequestInvalid(InvalidInput):

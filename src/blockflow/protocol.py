@@ -51,11 +51,15 @@ class Route(msgspec.Struct, frozen=True):
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A pipeline as the gateway serves it; without a route it is not ready for `reason`."""
+    """A pipeline as the gateway serves it; without a route it is not ready for `reason`.
+
+    `returning`: a new route is being made, so requests may wait for it.
+    """
 
     metadata: ModelMetadata
     route: RouteId | None
     reason: str | None = None
+    returning: bool = False
 
 
 # Commands to a worker.
@@ -102,10 +106,14 @@ class Drain(msgspec.Struct, frozen=True, tag="drain"):
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """Fail what travels on these routes: `reason` is the answer its clients get."""
+    """Give up what travels on these routes, because of `reason`; it may be sent once more.
+
+    `suspects` are the requests that were being computed when a worker died.
+    """
 
     routes: tuple[RouteId, ...]
     reason: str
+    suspects: tuple[int, ...] = ()
 
 
 Body: TypeAlias = Load | Connect | Retire | Stop | Publish | Drain | Abort

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from blockflow.errors import BlockFailed, BlockFlowError, DeadlineExceeded, Unavailable
+from blockflow.ledger import Ledger, ledger_path
 from blockflow.program import Program
 from blockflow.protocol import (
     BlockReport,
@@ -108,6 +109,7 @@ class Block:
         self._local_counts: dict[BlockName, list[int]] = {}
         self._counts = _Counts()
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._ledger: Ledger | None = None
         self._stopping = False
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"block {spec.name}")
@@ -235,6 +237,7 @@ class Block:
         self._push = Push(
             slots=self._slots, slot_bytes=slot_size(largest), device=device, loop=self._loop
         )
+        self._ledger = Ledger(ledger_path(self.endpoint))
         self._push.on_lost = lambda peer: log.warning("lost %s: %s", peer.endpoint, peer.lost)
 
     def _close(self) -> None:
@@ -243,6 +246,8 @@ class Block:
         self._pull.close()
         self._push.close()
         self._loop.close()
+        if self._ledger is not None:
+            self._ledger.close()
 
     def _serve(self) -> None:
         while True:
@@ -273,6 +278,8 @@ class Block:
         counts = self._counts
         count = len(work.requests)
         counts.requests[way.pipeline] = counts.requests.get(way.pipeline, 0) + count
+        if self._ledger is not None:
+            self._ledger.begin([request.id for request in work.requests])
         try:
             self._forward(work, way)
         except Exception as error:  # whatever a model raises fails its own request
@@ -282,6 +289,8 @@ class Block:
                 # The context is lost: every later call on this device would fail as well.
                 raise
         finally:
+            if self._ledger is not None:
+                self._ledger.end()
             work.done()
 
     def _forward(self, work: _Work, way: _Way) -> None:

@@ -170,8 +170,10 @@ class Supervisor:
             **os.environ,
             # `cuda:N` means the same device here, in NVML and in the child.
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            # A worker that waits for its turn must not keep a core busy that another computes on.
-            "OMP_WAIT_POLICY": "PASSIVE",
+            # Threads of a parallel region spin this often for the next one (some ten µs) and then
+            # sleep: with the default, of workers that take turns on the same cores, those that wait
+            # keep the cores busy; not spinning at all costs a wake-up for every operation.
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         }
         with log_file.open("wb") as output:
             process = await asyncio.create_subprocess_exec(

@@ -43,7 +43,10 @@ class Gateway:
     async def run(self) -> None:
         options = self._options
         self._dispatcher = BlockDispatcher(
-            options.results, queue_depth=options.queue_depth, timeout=options.request_timeout
+            options.results,
+            incarnation=protocol.Incarnation(options.incarnation),
+            queue_depth=options.queue_depth,
+            timeout=options.request_timeout,
         )
         limits = Limits(body_bytes=options.max_body_bytes, infer_seconds=options.request_timeout)
         listener = socket.socket(fileno=options.fd)
@@ -96,8 +99,8 @@ class Gateway:
                     self._dispatcher.publish(models)
                 case protocol.Drain(routes=ids, timeout=timeout):
                     await self._dispatcher.drain(ids, timeout)
-                case protocol.Abort(routes=ids, reason=reason):
-                    self._dispatcher.abort(ids, reason)
+                case protocol.Abort(routes=ids, reason=reason, suspects=suspects):
+                    self._dispatcher.abort(ids, reason, suspects)
                 case protocol.Stop():
                     self._server.should_exit = True
                 case other:

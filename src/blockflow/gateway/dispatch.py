@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
@@ -25,21 +25,37 @@ from blockflow.errors import (
     BlockFlowError,
     DeadlineExceeded,
     Overloaded,
+    Poisonous,
     Unavailable,
 )
 from blockflow.gateway.http import ModelStatus
-from blockflow.protocol import Model, PipelineCount, Route, RouteId, decode_note
+from blockflow.protocol import Incarnation, Model, PipelineCount, Route, RouteId, decode_note
 from blockflow.topology import PipelineName
 from tensormq import Loop, Message, Peer, Pull, Push, Request, TensorMQError, slot_size
 from tensormq import Timeout as NoSlot
 
 log = logging.getLogger(__name__)
 
+_TRIES = 3
+"""How often a request is sent before the gateway gives up on it."""
+_DEATHS = 2
+"""After how many deaths of workers that computed it a request is taken for their cause."""
+
 _T = TypeVar("_T")
-_Outcome: TypeAlias = oip.InferResult | BlockFlowError
+
+
+class _Stranded(Exception):
+    """The route broke down under a request, which is not known to be at fault."""
+
+    def __init__(self, reason: str, *, suspected: bool = False) -> None:
+        super().__init__(reason)
+        self.suspected = suspected
+
+
+_Outcome: TypeAlias = oip.InferResult | BlockFlowError | _Stranded
 
 _FAILURES: Mapping[int, type[BlockFlowError]] = {
-    cls.status: cls for cls in (BlockFailed, Unavailable, DeadlineExceeded)
+    cls.status: cls for cls in (BlockFailed, DeadlineExceeded)
 }
 
 
@@ -68,11 +84,14 @@ class _Pending:
 class BlockDispatcher:
     """Implements `http.Dispatcher` over deployed blocks. All methods belong to the event loop.
 
-    results: endpoint for answers. queue_depth: requests that may be under way through one first
-    block. timeout: seconds that a request may take which names no time of its own.
+    results: endpoint for answers. incarnation: of this gateway. queue_depth: requests that may be
+    under way through one first block. timeout: seconds that a request may take which names no time
+    of its own.
     """
 
-    def __init__(self, results: str, *, queue_depth: int, timeout: float) -> None:
+    def __init__(
+        self, results: str, *, incarnation: Incarnation, queue_depth: int, timeout: float
+    ) -> None:
         self._depth = queue_depth
         self._timeout = timeout
         self._asyncio = asyncio.get_running_loop()
@@ -80,7 +99,10 @@ class BlockDispatcher:
         self._routes: dict[str, RouteId] = {}
         self._ways: dict[RouteId, _Way] = {}
         self._pending: dict[int, _Pending] = {}
-        self._ids = itertools.count(1)
+        # Unique over gateways, because a ledger may name requests of one that is gone.
+        self._ids = itertools.count((incarnation << 40) + 1)
+        self._waiting = 0
+        self._published = asyncio.Event()
         self._requests: Counter[PipelineName] = Counter()
         self._errors: Counter[PipelineName] = Counter()
         self._settled = asyncio.Event()
@@ -94,40 +116,84 @@ class BlockDispatcher:
         return self._models
 
     async def infer(self, model: str, request: oip.InferRequest) -> oip.InferResult:
-        route = self._routes.get(model)
-        if route is None:
-            status = self.models().get(model)
-            raise Unavailable(
-                f"model {model!r} is not ready: "
-                f"{status.reason if status is not None else 'it was just removed'}"
-            )
-        way = self._ways[route]
-        name = way.route.pipeline
+        """Compute the answer, on another route if one breaks down under the request.
+
+        Inference is pure and the request's bytes stay here until it is answered, so it can be sent
+        again: at most `_TRIES` times, and not when it may be what workers die of.
+        """
+        status = self.models()[model]
+        name = PipelineName(model)
         self._requests[name] += 1
-        if way.entry.under_way >= self._depth:
+        seconds = min(request.timeout or self._timeout, self._timeout)
+        deadline = time.monotonic() + seconds
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._persist(model, request, deadline)
+        except TimeoutError:
             self._errors[name] += 1
+            reason = "" if status.ready else f": {status.reason}"
+            raise DeadlineExceeded(
+                f"model {model!r} did not answer within {seconds:g} s{reason}"
+            ) from None
+        except BlockFlowError:
+            self._errors[name] += 1
+            raise
+
+    async def _persist(
+        self, model: str, request: oip.InferRequest, deadline: float
+    ) -> oip.InferResult:
+        broken: RouteId | None = None
+        deaths = 0
+        for attempt in itertools.count(1):
+            way = await self._way(model, broken)
+            try:
+                return await self._attempt(way, request, deadline)
+            except _Stranded as stranded:
+                broken = way.route.id
+                deaths += stranded.suspected
+                if deaths >= _DEATHS:
+                    raise Poisonous(
+                        f"{deaths} workers died while they computed this request: {stranded}"
+                    ) from None
+                if attempt >= _TRIES:
+                    raise Unavailable(f"{stranded} (tried {attempt} times)") from None
+        raise AssertionError("unreachable")
+
+    async def _way(self, model: str, broken: RouteId | None) -> _Way:
+        """The model's route, or the one that replaces the `broken` one, when it is there."""
+        if self._waiting >= self._depth:
+            raise Overloaded(f"{self._waiting} requests wait for a route; try again later")
+        self._waiting += 1
+        try:
+            while True:
+                route = self._routes.get(model)
+                if route is not None and route != broken:
+                    return self._ways[route]
+                status = self.models().get(model)
+                if status is None or not (status.ready or status.returning):
+                    why = status.reason if status is not None else "it was just removed"
+                    raise Unavailable(f"model {model!r} is not ready: {why}")
+                await self._published.wait()
+        finally:
+            self._waiting -= 1
+
+    async def _attempt(
+        self, way: _Way, request: oip.InferRequest, deadline: float
+    ) -> oip.InferResult:
+        if way.entry.under_way >= self._depth:
             raise Overloaded(
                 f"{way.entry.under_way} requests are under way through block "
                 f"{way.route.steps[0].block}, as many as are allowed; try again later"
             )
         number = next(self._ids)
-        seconds = min(request.timeout or self._timeout, self._timeout)
-        deadline = time.monotonic() + seconds
         pending = _Pending(way, self._asyncio.create_future())
         self._pending[number] = pending
         way.under_way.add(number)
         way.entry.under_way += 1
         try:
             envelope = Request(number, request.rows, deadline)
-            self._tensors.submit(way.entry, request.inputs, envelope, route)
-            async with asyncio.timeout(seconds):
-                return await pending.answer
-        except TimeoutError:
-            self._errors[name] += 1
-            raise DeadlineExceeded(f"model {model!r} did not answer within {seconds:g} s") from None
-        except BlockFlowError:
-            self._errors[name] += 1
-            raise
+            self._tensors.submit(way.entry, request.inputs, envelope, way.route.id)
+            return await pending.answer
         finally:
             del self._pending[number]
             way.under_way.discard(number)
@@ -151,12 +217,17 @@ class BlockDispatcher:
                 await asyncio.wrap_future(self._tensors.retire(way.route, close=unused))
 
     def publish(self, models: Iterable[Model]) -> None:
-        """Serve exactly these models; takes effect for the next request."""
+        """Serve exactly these models; takes effect for the next request, and those that wait."""
         models = tuple(models)
         self._models = {
-            m.metadata.name: ModelStatus(m.metadata, m.route is not None, m.reason) for m in models
+            m.metadata.name: ModelStatus(
+                m.metadata, m.route is not None, m.reason, returning=m.returning
+            )
+            for m in models
         }
         self._routes = {m.metadata.name: m.route for m in models if m.route is not None}
+        self._published.set()
+        self._published = asyncio.Event()
 
     async def drain(self, routes: Iterable[RouteId], seconds: float) -> None:
         """Wait until nothing is under way on these routes, at most `seconds`."""
@@ -172,12 +243,12 @@ class BlockDispatcher:
                 log.warning("%d requests are still under way after %s s", left, seconds)
                 return
 
-    def abort(self, routes: Iterable[RouteId], reason: str) -> None:
-        """Answer everything under way on these routes with 503 and `reason`."""
+    def abort(self, routes: Iterable[RouteId], reason: str, suspects: Collection[int] = ()) -> None:
+        """Give up what is under way on these routes; a worker died, perhaps of a suspect."""
         for route in routes:
             if (way := self._ways.get(route)) is not None:
                 for number in tuple(way.under_way):
-                    self._settle(number, Unavailable(reason))
+                    self._settle(number, _Stranded(reason, suspected=number in suspects))
 
     def counts(self) -> dict[PipelineName, PipelineCount]:
         return {
@@ -185,7 +256,8 @@ class BlockDispatcher:
         }
 
     async def close(self) -> None:
-        self.abort(tuple(self._ways), "the server is shutting down")
+        for number in tuple(self._pending):
+            self._settle(number, Unavailable("the server is shutting down"))
         await asyncio.to_thread(self._tensors.close)
 
     # What comes back
@@ -195,7 +267,7 @@ class BlockDispatcher:
         pending = self._pending.get(number)
         if pending is None or pending.answer.done():
             return
-        if isinstance(outcome, BlockFlowError):
+        if isinstance(outcome, BlockFlowError | _Stranded):
             pending.answer.set_exception(outcome)
         else:
             pending.answer.set_result(outcome)
@@ -235,7 +307,7 @@ class _TensorThread:
                 self._answer(request.id, Overloaded("every input slot is in use; try again later"))
             except TensorMQError as error:
                 reason = f"the first block cannot be reached: {error}"
-                self._answer(request.id, Unavailable(reason))
+                self._answer(request.id, _Stranded(reason))
 
         self._loop.call_soon(send)
 
@@ -325,7 +397,11 @@ class _TensorThread:
     def _deliver(self, message: Message) -> None:
         note = decode_note(message.note)
         if note.error is not None:
-            failure = _FAILURES.get(note.status, BlockFailed)(note.error)
+            failure: BlockFlowError | _Stranded
+            if note.status == Unavailable.status:
+                failure = _Stranded(note.error)
+            else:
+                failure = _FAILURES.get(note.status, BlockFailed)(note.error)
             for request in message.requests:
                 self._answer(request.id, failure)
             return

@@ -48,11 +48,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """A model that clients may ask for; `reason` says why it is not ready."""
+    """A model that clients may ask for; `reason` says why it is not ready.
+
+    `returning`: it will be ready again soon, so that a request may as well wait for it.
+    """
 
     metadata: oip.ModelMetadata
     ready: bool
     reason: str | None = None
+    returning: bool = False
 
 
 class Dispatcher(Protocol):
@@ -170,7 +174,7 @@ class _Gateway:
     async def infer(self, request: Request) -> Response:
         # All that can be refused without the body is refused before it: an upload may be long.
         status = self._status(request)
-        if not status.ready:
+        if not (status.ready or status.returning):
             raise Unavailable(_not_ready(status))
         _refuse_compressed(request)
         lengths = request.headers.getlist(oip.HEADER_LENGTH)
