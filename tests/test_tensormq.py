@@ -375,3 +375,37 @@ def test_a_channel_leaves_no_descriptor(run_dir: Path) -> None:
         time.sleep(0.1)
         assert descriptors() <= before
         assert pull._channels == {}
+
+
+def test_a_filling_goes_once_and_only_where_it_was_meant_to(run_dir: Path) -> None:
+    with Loop() as loop, Pull(f"ipc://{run_dir}/a.sock", loop=loop) as pull:
+        mine = Push(slots=2, slot_bytes=4096, loop=loop)
+        other = Push(slots=2, slot_bytes=4096, loop=loop)
+        peer, stranger = mine.connect(pull.endpoint), other.connect(pull.endpoint)
+        filling = mine.allocate({"x": ("float32", (2,))}, to=peer)
+        with pytest.raises(ValueError, match="allocated for"):
+            other.send(filling, to=stranger)
+        mine.send(filling, to=peer)
+        with pytest.raises(ValueError, match="before"):
+            mine.send(filling, to=peer)
+        pull.recv(timeout=1).release()
+        assert loop.run_until(lambda: mine.free_slots == 2, timeout=1)
+        mine.close()
+        other.close()
+
+
+def test_a_descriptor_that_no_peer_would_parse_is_not_sent(ends: tuple[Pull, Push, Peer]) -> None:
+    _, push, peer = ends
+    for tensors in ({}, {"x": np.ones(2)}):
+        with pytest.raises(TensorTooLarge, match="shorten the note"):
+            push.send(tensors, to=peer, note=bytes(wire.MAX_FRAME))
+    assert push.free_slots == 2
+
+
+def test_names_that_differ_after_the_dot_are_different_endpoints(run_dir: Path) -> None:
+    with Pull(f"ipc://{run_dir}/camera.left"), Pull(f"ipc://{run_dir}/camera.right"):
+        pass
+    with Push(slot_bytes=1) as push, pytest.raises(EndpointError, match="no endpoint"):
+        push.connect("nonsense")
+    with pytest.raises(ValueError, match="1 to 1024"):
+        Push(slots=70_000, slot_bytes=1)

@@ -8,6 +8,7 @@ allows to processes of the same user alone.
 from __future__ import annotations
 
 import fcntl
+import functools
 import mmap
 import os
 from collections.abc import Sequence
@@ -36,7 +37,13 @@ def abilities(device: str | None, carriers: Sequence[wire.Carrier] | None) -> wi
     gpu = None
     possible: tuple[wire.Carrier, ...] = (wire.Carrier.SHM, wire.Carrier.INLINE)
     if device is not None and device.startswith("cuda"):
-        from .cuda import gpu_uuid  # noqa: PLC0415 - loads torch and CUDA
+        try:
+            from .cuda import gpu_uuid  # noqa: PLC0415 - loads torch and CUDA
+        except ImportError as error:
+            raise UnsupportedTensor(
+                f"tensors on {device} need torch and cuda-bindings ({error}); "
+                "install them with `pip install 'blockflow[cuda]'`"
+            ) from None
 
         gpu = gpu_uuid(device)
         possible = tuple(wire.Carrier)
@@ -140,13 +147,20 @@ def _as_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
 
 
 class InlineSlab:
-    """Staging memory for tensors that travel as bytes; private to the producer."""
+    """Staging memory for tensors that travel as bytes; private to the producer.
+
+    Allocated when the first tensor is sent: a channel may carry none.
+    """
 
     carrier = wire.Carrier.INLINE
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
+        self._slots = slots
         self._slot_bytes = slot_bytes
-        self.memory = memoryview(bytearray(slots * slot_bytes))
+
+    @functools.cached_property
+    def memory(self) -> memoryview:
+        return memoryview(bytearray(self._slots * self._slot_bytes))
 
     def offer(self) -> wire.NoSlab:
         return wire.NoSlab()
@@ -155,4 +169,4 @@ class InlineSlab:
         return slot * self._slot_bytes
 
     def close(self) -> None:
-        del self.memory
+        self.__dict__.pop("memory", None)

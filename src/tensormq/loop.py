@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class Loop:
         self._calls: deque[Callback] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._closed = False
+        self._closing = threading.Lock()
         self.watch(self._wake, self._run_calls)
 
     def watch(self, source: zmq.Socket[bytes] | int, callback: Callback) -> None:
@@ -43,8 +45,9 @@ class Loop:
     def call_soon(self, callback: Callback) -> None:
         """Run `callback` in the loop's thread; may be called from any thread."""
         self._calls.append(callback)
-        if not self._closed:
-            os.eventfd_write(self._wake, 1)
+        with self._closing:  # the descriptor's number may belong to somebody else after close
+            if not self._closed:
+                os.eventfd_write(self._wake, 1)
 
     def run_once(self, timeout: float | None = None) -> None:
         """Handle what is there, or what comes first within `timeout` seconds (None: for ever)."""
@@ -65,10 +68,11 @@ class Loop:
         return True
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self.unwatch(self._wake)
-            os.close(self._wake)
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self.unwatch(self._wake)
+                os.close(self._wake)
 
     def _run_calls(self) -> None:
         os.eventfd_read(self._wake)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_CHANNELS = 1024
-_MAX_SLOTS = 65536
 
 
 class Message:
@@ -208,8 +207,13 @@ class Pull:
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # credits bound what is under way, not ZeroMQ
         self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.bind(endpoint)
-        self._path.chmod(0o600)
+        try:
+            self._socket.bind(endpoint)
+            self._path.chmod(0o600)
+        except (zmq.ZMQError, OSError) as error:
+            self._socket.close()
+            os.close(self._lock)
+            raise EndpointError(f"{endpoint} cannot be bound: {error}") from None
         self._loop.watch(self._socket, self._receive)
 
     # Receiving
@@ -301,7 +305,7 @@ class Pull:
     def _consider(self, channel: _Channel, offer: wire.Offer) -> None:
         if channel.open:
             raise ProtocolError("an offer on a channel that is open")
-        if not (0 < offer.slots <= _MAX_SLOTS and offer.slot_bytes > 0):
+        if not (0 < offer.slots <= wire.MAX_SLOTS and offer.slot_bytes > 0):
             raise ProtocolError(f"an offer of {offer.slots} slots of {offer.slot_bytes} bytes")
         if offer.carrier not in wire.candidates(channel.abilities, self._abilities)[0]:
             raise ProtocolError(f"an offer of {offer.carrier}, which these ends cannot share")
@@ -386,7 +390,7 @@ class Pull:
         self._loop.unwatch(self._socket)
         self._socket.close()
         self._path.unlink(missing_ok=True)
-        self._path.with_suffix(".lock").unlink(missing_ok=True)
+        _lock_path(self._path).unlink(missing_ok=True)
         os.close(self._lock)
         if self._owns_loop:
             self._loop.close()
@@ -401,6 +405,10 @@ class Pull:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
 
 
 def _claim(endpoint: str) -> tuple[int, Path]:
@@ -421,7 +429,7 @@ def _claim(endpoint: str) -> tuple[int, Path]:
         raise EndpointError(f"{path.parent} cannot hold an endpoint: {error.strerror}") from None
     if directory.st_uid != os.getuid() or stat.S_IMODE(directory.st_mode) & 0o077:
         raise EndpointError(f"{path.parent} must belong to this user and have mode 0700")
-    lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    lock = os.open(_lock_path(path), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

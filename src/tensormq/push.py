@@ -19,6 +19,7 @@ from .errors import (
     NegotiationError,
     PeerLost,
     ProtocolError,
+    TensorTooLarge,
     Timeout,
     UnsupportedTensor,
 )
@@ -71,11 +72,10 @@ class _Lane:
         slab: host.HostSlab | host.InlineSlab | DeviceSlab,
         slots: int,
         nonce: int,
-        pinned: PinnedMemory | None,
     ) -> None:
         self.slab = slab
         self.nonce = nonce
-        self.pinned = pinned
+        self.pinned: PinnedMemory | None = None
         self.pool = SlotPool(slots)
         self.sequences = [0] * slots
 
@@ -93,9 +93,13 @@ class Filling:
     _specs: tuple[wire.TensorSpec, ...]
     _lane: _Lane
     _slot: int
+    _done: bool = False
 
     def abandon(self) -> None:
-        self._lane.pool.abandon(self._slot)
+        """Give the slot back unsent; does nothing to a Filling that was sent."""
+        if not self._done:
+            self._done = True
+            self._lane.pool.abandon(self._slot)
 
 
 class Push:
@@ -117,6 +121,8 @@ class Push:
         carriers: Sequence[Carrier] | None = None,
         loop: Loop | None = None,
     ) -> None:
+        if not 1 <= slots <= wire.MAX_SLOTS:
+            raise ValueError(f"{slots} slots; a Push has 1 to {wire.MAX_SLOTS}")
         self._slots = slots
         self._slot_bytes = -(-slot_bytes // wire.ALIGNMENT) * wire.ALIGNMENT
         self._device = device
@@ -134,9 +140,15 @@ class Push:
 
     # Connecting
 
-    def connect(self, endpoint: str, timeout: float = 10.0) -> Peer:
+    def connect(
+        self,
+        endpoint: str,
+        timeout: float = 10.0,
+        carriers: Sequence[Carrier] | None = None,
+    ) -> Peer:
         """Open a channel to the Pull end bound at `endpoint`, with the best carrier.
 
+        `carriers` restricts what may be negotiated with this peer.
         Raises EndpointError when nobody answers within `timeout` seconds, NegotiationError when
         no allowed carrier works.
         """
@@ -149,17 +161,21 @@ class Push:
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME)
         peer = Peer(endpoint, socket)
-        socket.connect(endpoint)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise EndpointError(f"{endpoint!r} is no endpoint: {error}") from None
         self._loop.watch(socket, lambda: self._receive(peer))
         try:
-            self._handshake(peer, end)
+            self._handshake(peer, end, carriers)
         except BaseException:
             self._drop(peer)
             raise
         self._peers.append(peer)
         return peer
 
-    def _handshake(self, peer: Peer, end: float) -> None:
+    def _handshake(self, peer: Peer, end: float, allowed: Sequence[Carrier] | None) -> None:
         self._say(peer, [wire.encode(wire.Hello(peer.epoch, self._abilities))])
         card = self._answer(peer, end)
         if not isinstance(card, wire.Card):
@@ -172,6 +188,8 @@ class Push:
         carriers, reasons = wire.candidates(self._abilities, card.abilities)
         obstacles = list(reasons)
         for carrier in carriers:
+            if allowed is not None and carrier not in allowed:
+                continue
             lane = self._lane(carrier)
             offer = wire.Offer(
                 lane.nonce, carrier, self._slots, self._slot_bytes, lane.slab.offer()
@@ -217,17 +235,12 @@ class Push:
             from .cuda import DeviceSlab  # noqa: PLC0415
 
             slab = DeviceSlab(nonce, self._slots, self._slot_bytes, str(self._device))
-            return _Lane(slab, self._slots, nonce, None)
+            return _Lane(slab, self._slots, nonce)
         if carrier is Carrier.SHM:
             slab = host.HostSlab(nonce, self._slots, self._slot_bytes)
         else:
             slab = host.InlineSlab(self._slots, self._slot_bytes)
-        pinned = None
-        if self._gpu:
-            from .cuda import PinnedMemory  # noqa: PLC0415
-
-            pinned = PinnedMemory(slab.memory)
-        return _Lane(slab, self._slots, nonce, pinned)
+        return _Lane(slab, self._slots, nonce)
 
     # Sending
 
@@ -272,12 +285,20 @@ class Push:
         peers = _peers(to)
         requests = tuple(requests)
         if isinstance(tensors, Filling):
+            if tensors._done:
+                raise ValueError("this Filling was sent or abandoned before; allocate another")
+            if any(self._live(peer) is not tensors._lane for peer in peers):
+                raise ValueError("a Filling can only be sent to peers that it was allocated for")
+            tensors._done = True
             self._post(tensors._lane, tensors._slot, tensors._specs, peers, requests, route, note)
             return
         if not tensors:
             for peer in peers:
                 self._live(peer)
-                self._deliver(peer, wire.Deliver(peer.epoch, 0, -1, (), requests, route, note))
+            deliver = [wire.Deliver(p.epoch, 0, -1, (), requests, route, note) for p in peers]
+            frames = [_descriptor(message) for message in deliver]
+            for peer, frame in zip(peers, frames, strict=True):
+                self._say(peer, [frame])
             return
         specs = wire.lay_out({n: host.describe(t) for n, t in tensors.items()}, self._slot_bytes)
         groups: dict[int, tuple[_Lane, list[Peer]]] = {}
@@ -324,6 +345,10 @@ class Push:
             return dict(_device_slab(lane).writable(slot, specs))
         view = host.numpy_view if self._device is None else host.torch_view
         memory, base = _host_slab(lane).memory, _host_slab(lane).base(slot)
+        if self._gpu and lane.pinned is None:
+            from .cuda import PinnedMemory  # noqa: PLC0415
+
+            lane.pinned = PinnedMemory(memory)
         return {spec.name: view(memory, spec, base) for spec in specs}
 
     def _fill(self, views: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -343,34 +368,41 @@ class Push:
         route: int,
         note: bytes,
     ) -> None:
-        self._sequence += 1
-        sequence = lane.sequences[slot] = self._sequence
         alive = [peer for peer in peers if peer.lost is None]
         if not alive:
             lane.pool.abandon(slot)
             raise PeerLost(f"{peers[0].endpoint} is gone: {peers[0].lost}")
+        self._sequence += 1
+        sequence = self._sequence
+        try:
+            frames = [
+                _descriptor(wire.Deliver(peer.epoch, sequence, slot, specs, requests, route, note))
+                for peer in alive
+            ]
+        except TensorTooLarge:
+            lane.pool.abandon(slot)
+            raise
+        lane.sequences[slot] = sequence
         lane.pool.lease(slot, alive)
-        payload: memoryview | None = None
+        payload: list[memoryview] = []
         if lane.slab.carrier is Carrier.CUDA_IPC:
             _device_slab(lane).publish(slot, alive)
         elif lane.slab.carrier is Carrier.INLINE:
             base = _host_slab(lane).base(slot)
-            payload = _host_slab(lane).memory[base : base + specs[-1].offset + specs[-1].nbytes]
+            end = base + max(spec.offset + spec.nbytes for spec in specs)
+            payload = [_host_slab(lane).memory[base:end]]
         size = sum(spec.nbytes for spec in specs)
 
         def announce() -> None:
-            for peer in alive:
+            for peer, frame in zip(alive, frames, strict=True):
                 if peer.lost is not None:
                     continue  # its leases came back when it was lost
                 peer.statistics.messages += 1
                 peer.statistics.bytes += size
                 if lane.slab.carrier is not Carrier.CUDA_IPC:
                     peer.statistics.host_bytes += size
-                self._deliver(
-                    peer,
-                    wire.Deliver(peer.epoch, sequence, slot, specs, requests, route, note),
-                    payload,
-                )
+                # The slot stays leased until the consumer has the bytes: no need to copy them.
+                self._say(peer, [frame, *payload], copy=not payload)
 
         if self._gpu and lane.slab.carrier is not Carrier.CUDA_IPC:
             self._after_gpu(announce)
@@ -390,15 +422,6 @@ class Push:
             announce()
 
         self._completions.after_current_stream(done)
-
-    def _deliver(
-        self, peer: Peer, message: wire.Deliver, payload: memoryview | None = None
-    ) -> None:
-        frames: list[Any] = [wire.encode(message)]
-        if payload is not None:
-            frames.append(payload)
-        # The slot stays leased until the consumer has the bytes, so ZeroMQ need not copy them.
-        self._say(peer, frames, copy=payload is None)
 
     def _say(self, peer: Peer, frames: list[Any], copy: bool = True) -> None:
         if not peer._socket.closed:
@@ -530,6 +553,17 @@ def _peers(to: Peer | Sequence[Peer]) -> Sequence[Peer]:
     if not peers:
         raise ValueError("a message needs at least one peer to go to")
     return peers
+
+
+def _descriptor(message: wire.Deliver) -> bytes:
+    frame = wire.encode(message)
+    if len(frame) > wire.MAX_FRAME:
+        raise TensorTooLarge(
+            f"the descriptor has {len(frame)} bytes and may have {wire.MAX_FRAME}: shorten the "
+            f"note ({len(message.note)} bytes) or send fewer of the {len(message.requests)} "
+            "requests at once"
+        )
+    return frame
 
 
 def _device_slab(lane: _Lane) -> DeviceSlab:

@@ -29,8 +29,11 @@ from .errors import ProtocolError, TensorTooLarge, UnsupportedTensor
 
 VERSION = 1
 MAGIC = b"TMQ" + bytes([VERSION])
-MAX_FRAME = 64 * 1024
+MAX_FRAME = 128 * 1024
 """Bytes of the longest frame that may be parsed; descriptors take a few hundred."""
+
+MAX_SLOTS = 1024
+"""Slots of one slab; an offer names an event for each, and must fit a frame."""
 
 ALIGNMENT = 256
 """Bytes at whose multiples tensors start in a slot: what cudaMalloc and vector loads like."""
