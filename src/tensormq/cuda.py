@@ -29,6 +29,9 @@ from .loop import Loop
 
 log = logging.getLogger(__name__)
 
+_LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
+_REGISTER_DEFAULT = 0  # cudaHostRegisterDefault
+
 
 def _checked(result: tuple[Any, ...]) -> Any:
     """The value of a CUDA runtime call. Raises TensorMQError with CUDA's own name of the error."""
@@ -149,9 +152,7 @@ class DeviceMapping:
         with torch.cuda.device(self._device):
             torch.cuda.current_stream()  # makes sure that the primary context exists
             try:
-                self._pointer = int(
-                    _checked(rt.cudaIpcOpenMemHandle(handle, rt.cudaIpcMemLazyEnablePeerAccess))
-                )
+                self._pointer = int(_checked(rt.cudaIpcOpenMemHandle(handle, _LAZY_PEER_ACCESS)))
             except TensorMQError as error:
                 raise NegotiationError(f"cannot open the producer's GPU memory: {error}") from None
             self._memory = _as_bytes(self._pointer, offer.size, self._device)
@@ -191,7 +192,7 @@ class PinnedMemory:
 
     def __init__(self, memory: memoryview) -> None:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        _checked(rt.cudaHostRegister(self._address, memory.nbytes, rt.cudaHostRegisterDefault))
+        _checked(rt.cudaHostRegister(self._address, memory.nbytes, _REGISTER_DEFAULT))
 
     def close(self) -> None:
         torch.cuda.synchronize()  # a copy under way still uses the pages
