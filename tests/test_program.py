@@ -20,19 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from blockflow.archive import read_archive, write_archive
 from blockflow.artifact import Digest, Manifest, Origin, Port, Store
+from blockflow.cuts import Analysis
 from blockflow.errors import ModelRefused, NotFound, StoreCorrupt
-from blockflow.program import (
-    digest_of,
-    input_ports,
-    load,
-    output_ports,
-    plain_module,
-    read_archive,
-    read_script,
-    script_digest,
-    write_archive,
-)
+from blockflow.graph import input_ports, output_ports, plain_module
+from blockflow.identity import digest_of, script_digest
+from blockflow.program import load, read_script
 
 
 class Net(nn.Module):
@@ -61,7 +55,7 @@ def traced(module: nn.Module, *shape: int, inputs: int = 1) -> ExportedProgram:
 
 
 def digest(program: ExportedProgram) -> Digest:
-    return digest_of(program, input_ports(program), output_ports(program))
+    return digest_of(program)
 
 
 def manifest(program: ExportedProgram, *, mutates_inputs: bool = False) -> Manifest:
@@ -181,22 +175,101 @@ def test_default_arguments_are_the_same_said_or_unsaid() -> None:
     assert digest(traced(Unsaid())) == digest(traced(Said()))
 
 
-def test_names_of_ports_matter() -> None:
-    class Minus(nn.Module):
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return a - b
+class Minus(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a - b
 
-    class Swapped(nn.Module):
-        def forward(self, b: Tensor, a: Tensor) -> Tensor:
-            return b - a
 
-    class Reverse(nn.Module):
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return b - a
+class Renaming(nn.Module):
+    def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+        return {"difference": left - right}
 
-    names = {digest(traced(m(), 3, inputs=2)) for m in (Minus, Swapped, Reverse)}
-    assert len(names) == 3
-    assert digest(traced(Minus(), 3, inputs=2)) in names
+
+class Swapped(nn.Module):
+    def forward(self, b: Tensor, a: Tensor) -> Tensor:
+        return a - b
+
+
+def test_ports_count_by_position_and_not_by_name() -> None:
+    minus, renamed, swapped = (digest(traced(m(), 3, inputs=2)) for m in (Minus, Renaming, Swapped))
+    assert minus == renamed != swapped
+
+
+class TwoBranches(nn.Module):
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first == "left":
+            left = x.sin().exp()
+            right = x.cos().tanh()
+        else:
+            right = x.cos().tanh()
+            left = x.sin().exp()
+        return left * right
+
+
+def test_the_order_in_which_branches_were_traced_does_not_matter() -> None:
+    assert digest(traced(TwoBranches("left"), 3)) == digest(traced(TwoBranches("right"), 3))
+
+
+class Overwriting(nn.Module):
+    """What a value means depends on when its memory is written."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        alias = torch.dropout(y, 0.5, train=False)  # y itself, which its schema does not say
+        match self.kind:
+            case "before":
+                alias.relu_()
+                return y + 1
+            case "after":
+                z = y + 1
+                alias.relu_()
+                return z
+            case "view":
+                alias.view(-1)[:1].zero_()
+                return y + 1
+            case "twice":
+                alias.relu_()
+                alias.neg_()
+                return y + 1
+            case "twice the other way":
+                alias.neg_()
+                alias.relu_()
+                return y + 1
+        return y + 1
+
+
+def test_writes_in_place_count_where_they_are_seen() -> None:
+    kinds = ("before", "after", "view", "twice", "twice the other way", "never")
+    found = {kind: digest(traced(Overwriting(kind), 3)) for kind in kinds}
+    assert found["after"] == found["never"]
+    assert len(set(found.values())) == len(kinds) - 1
+
+
+def test_two_draws_are_not_one() -> None:
+    class Once(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            noise = torch.rand_like(x)
+            return noise - noise
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.rand_like(x) - torch.rand_like(x)
+
+    assert digest(traced(Once(), 3)) != digest(traced(Twice(), 3))
+
+
+def test_module_names_survive_a_file_of_torch(tmp_path: Path) -> None:
+    torch.export.save(traced(Net()), tmp_path / "net.pt2")
+    found = Analysis(read_archive(tmp_path / "net.pt2")).modules
+    assert found == Analysis(traced(Net())).modules == {"conv": 0, "bn": 1, "head": 5}
 
 
 def test_a_file_keeps_the_identity(archive: Path) -> None:

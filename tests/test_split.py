@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from blockflow.archive import write_archive
 from blockflow.artifact import Port, Store
+from blockflow.cuts import choose
 from blockflow.errors import ModelRefused, TopologyInvalid
 from blockflow.models import ModuleSource, ProgramFile, ScriptFile, resolve
-from blockflow.program import load, write_archive
+from blockflow.program import load
 from blockflow.split import (
     Cost,
-    choose_cuts,
     cut_points,
     example,
     export,
@@ -138,12 +139,13 @@ def test_resnet50_in_four(store: Store) -> None:
 
 def test_every_cut_of_a_residual_network_is_good(store: Store) -> None:
     module = Small().eval()
+    assert len(cut_points(traced(module), tensors=1)) == 5  # stem, residual blocks, mean, its view
     count = len(cut_points(traced(module)))
-    assert count == 5  # stem, two residual blocks, mean, and the view behind it
+    assert count == 9  # and two inside of each residual block, beside its shortcut
     check_equal(store, module, count + 1)
 
 
-def test_the_branches_of_a_residual_block_are_not_cut() -> None:
+def test_a_cut_between_branches_carries_both() -> None:
     class One(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -154,7 +156,9 @@ def test_the_branches_of_a_residual_block_are_not_cut() -> None:
             z = self.conv(y)
             return self.conv(z) + y  # type: ignore[no-any-return]
 
-    assert [cut.after for cut in cut_points(traced(One()))] == ["conv2d"]
+    assert [cut.after for cut in cut_points(traced(One()), tensors=1)] == ["conv2d"]
+    after = {cut.after: [port.name for port in cut.tensors] for cut in cut_points(traced(One()))}
+    assert after["conv2d_1"] == after["conv2d_2"] == ["hidden_0", "hidden_1"]
 
 
 def test_no_cut_before_an_in_place_operator() -> None:
@@ -185,14 +189,16 @@ def test_memory_shared_behind_the_schemas_back_counts(store: Store) -> None:
 def test_the_cost_of_a_cut_point() -> None:
     module = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
     (cut,) = cut_points(traced(module, Port("input", "float32", ("batch", 6))))
-    assert cut.tensor == Port("hidden", "float32", ("batch", 4))
+    assert cut.tensors == (Port("hidden", "float32", ("batch", 4)),)
     assert cut.row_bytes == 4 * 4
-    assert cut.cost == Cost(parameter_bytes=4 * (6 * 4 + 4), flops=2 * 6 * 4, activation_bytes=16)
+    assert cut.cost == Cost(
+        parameter_bytes=4 * (6 * 4 + 4), flops=2 * 6 * 4, activation_bytes=16, moved_bytes=24 + 16
+    )
 
 
 def test_too_many_blocks_says_how_many_are_possible() -> None:
-    with pytest.raises(ModelRefused, match="model can be split into at most 6 blocks, not 8"):
-        split(traced(Small()), 8, "model")
+    with pytest.raises(ModelRefused, match="model can be split into at most 10 blocks, not 11"):
+        split(traced(Small()), 11, "model")
     with pytest.raises(ModelRefused, match="1 is the least"):
         split(traced(Small()), 0, "model")
 
@@ -465,8 +471,7 @@ def test_the_choice_of_cuts_is_optimal(data: st.DataObject) -> None:
         st.lists(st.integers(1, 5), min_size=len(flops) - 1, max_size=len(flops) - 1)
     )
     blocks = data.draw(st.integers(1, len(flops)))
-    costs = [Cost(flops=n * 10**9) for n in flops]
-    chosen = choose_cuts(costs, crossing, blocks)
+    chosen = choose([float(n) for n in flops], crossing, blocks)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == blocks - 1
     edges = [0, *(cut + 1 for cut in chosen), len(flops)]
@@ -478,8 +483,8 @@ def test_the_choice_of_cuts_is_optimal(data: st.DataObject) -> None:
 
 def test_many_cut_points_are_no_problem() -> None:
     generator = random.Random(0)
-    costs = [Cost(flops=generator.randrange(10**9)) for _ in range(400)]
-    assert len(choose_cuts(costs, [1] * 399, 8)) == 7
+    seconds = [generator.random() for _ in range(2000)]
+    assert len(choose(seconds, [1] * 1999, 8)) == 7
 
 
 # -------------------------------------------------------------------------------------- sharing
@@ -490,7 +495,7 @@ def test_models_on_one_trunk_share_it(store: Store) -> None:
     programs = [traced(model) for model in models]
     cuts = shared_prefix(programs)
     assert cuts is not None
-    assert {cut.index for cut in cuts} == {len(cut_points(programs[0])) - 1}
+    assert {cut.place for cut in cuts} == {cut_points(programs[0])[-1].place}
     results = [
         store_blocks(split_at(program, [cut], f"task{n}", model=model), store)
         for n, (program, cut, model) in enumerate(zip(programs, cuts, models, strict=True))
@@ -513,7 +518,7 @@ def test_the_shared_prefix_ends_where_weights_differ() -> None:
         other.trunk[1].conv1.bias[0] += 1  # type: ignore[union-attr,operator,index]
     cuts = shared_prefix([traced(one), traced(other)])
     assert cuts is not None
-    names = [cut.after for cut in cut_points(traced(one))]
+    names = [cut.after for cut in cut_points(traced(one), tensors=1)]
     assert names.index(cuts[0].after) == 1  # behind the stem and the first residual block
 
 
@@ -586,7 +591,7 @@ def test_torchscript_outputs_and_writes_are_discovered(store: Store, tmp_path: P
 @pytest.mark.parametrize(
     ("blocks", "port", "why"),
     [
-        (2, IMAGE, "is TorchScript, which cannot be cut into 2 blocks"),
+        (2, IMAGE, "is TorchScript that cannot be cut: beside calling submodules it computes"),
         (1, ROW, "does not run on the inputs"),
     ],
 )

@@ -1,19 +1,24 @@
 """Models by name: where a network to be split comes from.
 
-A model is named in one of four ways:
+A model is named in one of five ways:
 
     resnet50                  one of `BUILT_IN`, with random weights from a seed
+    torchvision:vit_b_16      a model of torchvision, or timm, with random weights from a seed
     package.module:factory    a callable that returns an `nn.Module`
     trunk.pt2                 a file of torch.export.save
     old.pt                    a TorchScript file
+
+A factory's model may be one of `transformers`: it is split as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,7 +66,8 @@ def resolve(model: str, inputs: Sequence[Port] = (), *, seed: int = 0) -> Source
     A factory tells its inputs by an attribute `example_inputs`, of the factory or of the module
     it returns: tensors by argument name, whose first dimension is the batch, or a callable that
     returns them. Importing runs the module's code and the factory, with the working directory
-    importable. Raises ModelRefused.
+    importable. Models of `transformers` tell their inputs themselves, as far as they know them.
+    `seed` is that of random weights. Raises ModelRefused.
     """
     ports = tuple(inputs)
     if model in BUILT_IN:
@@ -81,11 +87,14 @@ def resolve(model: str, inputs: Sequence[Port] = (), *, seed: int = 0) -> Source
                 "--input x:float32[batch,3,224,224]"
             )
         return ScriptFile(name, path, ports)
-    if ":" in model:
-        return _from_factory(model, ports)
+    library, colon, rest = model.partition(":")
+    if colon and library in _LIBRARIES:
+        return _from_library(library, rest, ports, seed)
+    if colon:
+        return _from_factory(model, ports, seed)
     raise ModelRefused(
         f"no model {model!r}: give one of {', '.join(BUILT_IN)}, an import path "
-        "(package.module:factory), or a .pt2 or .pt file"
+        "(package.module:factory), torchvision:NAME, timm:NAME, or a .pt2 or .pt file"
     )
 
 
@@ -144,7 +153,7 @@ def _port_of_example(name: str, value: object) -> Port:
 # ------------------------------------------------------------------------------------- factories
 
 
-def _from_factory(model: str, ports: tuple[Port, ...]) -> ModuleSource:
+def _from_factory(model: str, ports: tuple[Port, ...], seed: int) -> ModuleSource:
     module_name, _, attribute = model.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -152,7 +161,8 @@ def _from_factory(model: str, ports: tuple[Port, ...]) -> ModuleSource:
         target: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             target = getattr(target, part)
-        module = target()
+        with _seeded(seed):
+            module = target()
         examples = getattr(module, "example_inputs", getattr(target, "example_inputs", None))
         if callable(examples):
             examples = examples()
@@ -163,6 +173,8 @@ def _from_factory(model: str, ports: tuple[Port, ...]) -> ModuleSource:
         ) from error
     if not isinstance(module, nn.Module):
         raise ModelRefused(f"{model!r} returned a {type(module).__name__}, no torch.nn.Module")
+    if not ports and examples is None:
+        examples = _transformer_inputs(module)
     if not ports:
         if not isinstance(examples, dict) or not examples:
             raise ModelRefused(
@@ -172,6 +184,56 @@ def _from_factory(model: str, ports: tuple[Port, ...]) -> ModuleSource:
             )
         ports = tuple(_port_of_example(name, value) for name, value in examples.items())
     return ModuleSource(_plain_name(attribute), module.eval().cpu(), ports)
+
+
+def _transformer_inputs(module: nn.Module) -> object:
+    """What a model of `transformers` says of its inputs, or None.
+
+    A vision model's `dummy_inputs` are those of a language model; its configuration knows better.
+    """
+    config = getattr(module, "config", None)
+    size, channels = (getattr(config, name, None) for name in ("image_size", "num_channels"))
+    if getattr(module, "main_input_name", None) == "pixel_values" and isinstance(channels, int):
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        if isinstance(height, int) and isinstance(width, int):
+            return {"pixel_values": torch.zeros(1, channels, height, width)}
+        return None
+    return getattr(module, "dummy_inputs", None)
+
+
+_LIBRARIES: Mapping[str, tuple[str, str]] = {  # module, and its function from name to model
+    "torchvision": ("torchvision.models", "get_model"),
+    "timm": ("timm", "create_model"),
+}
+
+
+def _from_library(library: str, name: str, ports: tuple[Port, ...], seed: int) -> ModuleSource:
+    package, function = _LIBRARIES[library]
+    try:
+        make = getattr(importlib.import_module(package), function)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its operators do not fit torch
+        raise ModelRefused(
+            f"{library}:{name} needs {library}, which cannot be imported here ({error}): install "
+            "the version that goes with this torch"
+        ) from error
+    try:
+        with _seeded(seed):
+            module: nn.Module = make(name)
+    except Exception as error:
+        raise ModelRefused(f"{library} makes no {name!r}: {error}") from error
+    if not ports:
+        size = getattr(module, "default_cfg", {}).get("input_size", (3, 224, 224))
+        argument = next(iter(inspect.signature(module.forward).parameters))
+        ports = (Port(name=argument, dtype="float32", shape=("batch", *size)),)
+    return ModuleSource(_plain_name(name), module.eval().cpu(), ports)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random weights from a seed, without touching anybody else's random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _plain_name(text: str) -> str:
@@ -194,8 +256,7 @@ def built_in(name: str, *, seed: int = 0) -> nn.Module:
     """
     if name not in BUILT_IN:
         raise ModelRefused(f"no built-in model {name!r}: there are {', '.join(BUILT_IN)}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(seed):
         make = _from_torchvision(name) or BUILT_IN[name]
         return make().eval()
 

@@ -1,124 +1,101 @@
 """Splitting: from a model to blocks in the store.
 
-A network can be cut where exactly one tensor is alive: everything after is a function of it.
-`split` finds these places, chooses the ones that balance the blocks, builds every block as a
-program of its own and proves that together they still are the model, bit for bit.
-
-Note [Where a graph may be cut]
-    - Weights, the batch size, and what is computed from these alone are no obstacle: each block
-      gets its own copy (`program.input_independent`).
-    - The live tensor must have the batch in front and numbers behind, and lie in memory row
-      after row, as it will in the slot that carries it.
-    - No later operator may write to its memory. `torch.export` keeps in-place operators: cutting
-      between a batch norm and the `relu_` that overwrites its result would make the later block
-      change a tensor that other blocks may be reading.
-    Which tensors share memory is taken from the operators' schemas and from the storages seen
-    in a run on fake tensors: schemas do not tell that an idle dropout returns its input.
+`split` builds every block as a program of its own and proves that together they still are the
+model, bit for bit, before anything is written. Where a model may be cut, and where it had better
+be, is decided in `cuts`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
-import math
 import shutil
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, assert_never
 
+import msgspec
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim, ExportedProgram
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
-from blockflow.artifact import BATCH, PROGRAM_FILE, Digest, Manifest, Origin, Port, Store
-from blockflow.errors import ModelRefused
-from blockflow.models import ModuleSource, ProgramFile, ScriptFile, SourceModel
-from blockflow.program import (
-    batch_symbol,
-    copy_graph,
-    digest_of,
-    first_line,
-    flatten_outputs,
-    input_independent,
-    input_nodes,
-    input_ports,
-    is_batch_size,
-    log_captured,
-    mutated_arguments,
-    output_names,
-    output_nodes,
-    output_ports,
-    plain_module,
-    port_of,
-    prefix_digests,
-    read_archive,
-    read_script,
-    script_digest,
-    viewed_arguments,
-    weight_nodes,
-    write_archive,
+from blockflow.archive import read_archive
+from blockflow.artifact import PROGRAM_FILE, Digest, Manifest, Origin, Port, Store
+from blockflow.cuts import (
+    BANDWIDTH,
+    HIDDEN,
+    MAX_TENSORS,
+    ROWS,
+    Analysis,
+    Cost,
+    CutPoint,
+    choose,
+    cut_points,
+    port_bytes,
 )
+from blockflow.errors import ModelRefused
+from blockflow.export import as_served, example, export, has_rows
+from blockflow.graph import copy_graph, input_ports, output_ports, plain_module, weight_nodes
+from blockflow.identity import digest_of, script_digest
+from blockflow.models import ModuleSource, ProgramFile, ScriptFile, SourceModel
+from blockflow.program import flatten_outputs, read_script
+from blockflow.reconcile import wiring
 from blockflow.topology import Topology
 from blockflow.topology import parse as parse_topology
+from blockflow.torchscript import Interface, Stage, interface_of, joined, stages, weight_bytes
+from blockflow.weights import write_program
 
-HIDDEN = "hidden"
-"""Name of the tensor between two blocks."""
+__all__ = [
+    "AtModules",
+    "BlockSource",
+    "Cost",
+    "CutPoint",
+    "Everywhere",
+    "Progress",
+    "SplitResult",
+    "StoredBlock",
+    "Where",
+    "cut_points",
+    "example",
+    "export",
+    "shared_prefix",
+    "split",
+    "split_at",
+    "split_model",
+    "store_blocks",
+    "topology_for",
+]
 
 Progress = Callable[[str], None]
 
-# The cost model. A block's time is what its arithmetic takes plus what its memory traffic takes:
-# ROWS * flops / FLOPS + (parameter bytes + 2 * ROWS * activation bytes) / BANDWIDTH, each
-# activation being written once and read once. Only the ratio of the two rates matters for where
-# a model is cut; about 50 operations per byte is a current inference card in single precision.
-ROWS = 8
-FLOPS = 30e12
-BANDWIDTH = 600e9
+SLACK = 0.02
+"""How much slower than the best the slowest block may be if fewer bytes cross then.
+
+Models of cost, and even clocks, are wrong by more; without it, a cut would go into the middle of
+a residual block, carrying twice the bytes, for a thousandth of balance.
+"""
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What a stretch of a model takes; flops and activation bytes are for one row."""
+class AtModules:
+    """Cut before the first operator of each of these submodules ("layer2", "encoder.layer.3")."""
 
-    parameter_bytes: int = 0
-    flops: int = 0
-    activation_bytes: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.parameter_bytes + other.parameter_bytes,
-            self.flops + other.flops,
-            self.activation_bytes + other.activation_bytes,
-        )
-
-    @property
-    def seconds(self) -> float:
-        """Modelled time of `ROWS` rows: good for comparing stretches, not for predicting."""
-        traffic = self.parameter_bytes + 2 * ROWS * self.activation_bytes
-        return ROWS * self.flops / FLOPS + traffic / BANDWIDTH
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class CutPoint:
-    """A place where a program can be cut, behind the operator `after`.
+class Everywhere:
+    """Cut at every cut point where at most `tensors` cross."""
 
-    `tensor` is what crosses, `row_bytes` how much of it one row has, `cost` what lies between the
-    previous cut point and this one.
-    """
+    tensors: int = MAX_TENSORS
 
-    index: int
-    after: str
-    tensor: Port
-    row_bytes: int
-    cost: Cost
+
+Where = int | AtModules | Everywhere
+"""How to cut: into so many blocks of equal cost, at modules, or everywhere."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +128,8 @@ class BlockSource:
 class StoredBlock:
     """A block in the store, under the name it gets in a topology.
 
-    `seconds` is its modelled time, `Cost.seconds` (0 for TorchScript). `shared` says that an equal
-    block was there before.
+    `seconds` is its time by `Cost.seconds` (0 for one TorchScript block). `shared` says that an
+    equal block was there before; then `manifest` is that one's.
     """
 
     name: str
@@ -167,389 +144,52 @@ class StoredBlock:
 
 @dataclass(frozen=True)
 class SplitResult:
-    """What `split_model` did: the blocks of `model`, first to last, in the store at `store`."""
+    """What `split_model` did: the blocks of `model`, first to last, in the store at `store`.
+
+    `inputs` and `outputs` are the model's own names for what it takes and gives, by position in
+    the first and the last block. A block that was stored before keeps the names of its first time.
+    """
 
     model: str
     store: Path
     blocks: tuple[StoredBlock, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
-# ---------------------------------------------------------------------------------------- export
-
-
-def export(module: nn.Module, inputs: Sequence[Port]) -> ExportedProgram:
-    """Trace a module in eval mode with a symbolic batch, on CPU.
-
-    `inputs` are under the argument names of `forward`, whose order the program keeps. Raises
-    ModelRefused with torch's reason in one line.
-    """
-    names = _argument_names(module, inputs)
-    examples = {port.name: example(port, rows=2) for port in inputs}
-    rows = Dim("batch", min=1)
-    shapes = {port.name: {0: rows} if _has_rows(port) else {} for port in inputs}
-    if names is None:  # forward(*args)
-        args, kwargs = tuple(examples.values()), {}
-        dynamic: Any = (tuple(shapes.values()),)
-    else:
-        args, kwargs = (), {name: examples[name] for name in names}
-        dynamic = {name: shapes[name] for name in names}
-    said = io.StringIO()
-    try:
-        with (
-            # torch prints the half-traced graph and logs its thoughts before it raises.
-            contextlib.redirect_stderr(said),
-            log_captured("torch.fx.experimental.symbolic_shapes"),
-            warnings.catch_warnings(),
-        ):
-            # Said of recurrent layers, which keep their weights in a list as well.
-            warnings.filterwarnings("ignore", ".* assigned during export", UserWarning)
-            program = torch.export.export(
-                module, args, kwargs, dynamic_shapes=dynamic, strict=False
-            )
-    except Exception as error:
-        # torch.export reports what it cannot trace through a dozen unrelated types.
-        raise ModelRefused(
-            f"torch.export cannot trace {type(module).__name__}: {first_line(error)}"
-        ) from error
-    sys.stderr.write(said.getvalue())
-    return program
-
-
-def example(port: Port, rows: int, seed: int = 0) -> Tensor:
-    """A random CPU tensor that fits a port; integers are 0 or 1, which every table has."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = [rows if size == BATCH else int(size) for size in port.shape]
-    dtype: torch.dtype = getattr(torch, port.dtype)
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(dtype)
-
-
-def _has_rows(port: Port) -> bool:
-    return port.shape[:1] == (BATCH,)
-
-
-def _argument_names(module: nn.Module, inputs: Sequence[Port]) -> list[str] | None:
-    """The names of `inputs` in the order of `forward`, or None where it takes any number."""
-    if not inputs:
-        raise ModelRefused(f"{type(module).__name__} takes no input: a block needs one")
-    parameters = inspect.signature(module.forward).parameters
-    kinds = {p.kind for p in parameters.values()}
-    given = {port.name for port in inputs}
-    if inspect.Parameter.VAR_POSITIONAL in kinds and not given <= set(parameters):
-        return None
-    unknown = given - set(parameters)
-    if unknown:
-        raise ModelRefused(
-            f"{type(module).__name__}.forward takes ({', '.join(parameters)}), "
-            f"no {', '.join(sorted(unknown))}"
-        )
-    return [name for name in parameters if name in given]
-
-
-# ------------------------------------------------------------------------------------ cut points
-
-
-class _Analysis:
-    """What a program does, node by node, and where it may be cut."""
-
-    def __init__(self, program: ExportedProgram) -> None:
-        _refuse_training(program)
-        self.program = program
-        self.batch = batch_symbol(program)
-        self.weights = weight_nodes(program)
-        self.inputs = input_nodes(program)
-        self.input_ports = input_ports(program)
-        self.outputs = output_nodes(program)
-        self.free = input_independent(program)
-        self.body = [
-            node
-            for node in program.graph.nodes
-            if node.op == "call_function" and node not in self.free
-        ]
-        self._place = {node: index for index, node in enumerate(self.body)}
-        if not self.body:
-            raise ModelRefused("the model computes nothing from its inputs")
-        self._fake = _FakeRun(self)
-        self._refuse_memory()
-        self.costs = self._cost_per_node()
-        self.cuts: list[CutPoint] = []
-        self.ends: list[int] = []  # of each cut point: how much of `body` lies before it
-        self.live: list[fx.Node] = []  # and the node whose tensor crosses there
-        self._find_cuts()
-
-    def needed(self, first: int, last: int) -> list[fx.Node]:
-        """The nodes of `body[first:last]` with the input-independent ones that they use."""
-        wanted = set(self.body[first:last])
-        if last == len(self.body):
-            wanted.update(node for node in self.outputs if node in self.free)
-        queue = list(wanted)
-        while queue:
-            node = queue.pop()
-            if is_batch_size(node, self.batch):
-                continue  # asked of the block's own input
-            for source in node.all_input_nodes:
-                if source in self.free and source not in wanted:
-                    wanted.add(source)
-                    queue.append(source)
-        return [n for n in self.program.graph.nodes if n in wanted and n not in self.weights]
-
-    def mutated_inputs(self, last: int) -> bool:
-        """Whether `body[:last]` writes to memory of the model's inputs."""
-        memory = {self._fake.memory(node) for node in self.inputs}
-        return any(
-            self._fake.memory(written) in memory
-            for node in self.body[:last]
-            for written in mutated_arguments(node)
-        )
-
-    def _refuse_memory(self) -> None:
-        weights = {self._fake.memory(node): name for node, (name, _) in self.weights.items()}
-        for node in self.body:
-            for written in mutated_arguments(node):
-                name = weights.get(self._fake.memory(written))
-                if name is not None:
-                    raise ModelRefused(
-                        f"the model writes to its own {name!r} as it runs: a block has no memory "
-                        "between requests; put the model in eval mode"
-                    )
-
-    def _uses(self, node: fx.Node) -> int:
-        """Index in `body` of the last operator that needs `node`; len(body) for an output."""
-        last = -1
-        for user in node.users:
-            if user.op == "output":
-                last = len(self.body)
-            elif not is_batch_size(user, self.batch):
-                last = max(last, self._place[user])
-        return last
-
-    def _find_cuts(self) -> None:
-        last_use = {node: self._uses(node) for node in (*self.inputs, *self.body)}
-        last_write: dict[int, int] = {}
-        for index, node in enumerate(self.body):
-            for written in mutated_arguments(node):
-                last_write[self._fake.memory(written)] = index
-        alive = {node for node in self.inputs if last_use[node] >= 0}
-        cost = Cost()
-        for index, node in enumerate(self.body[:-1]):
-            cost += self.costs[index]
-            alive = {n for n in (*alive, node) if last_use[n] > index}
-            if len(alive) != 1:
-                continue
-            (value,) = alive
-            port = self._crosses(value)
-            if (
-                port is None
-                or value in self.live  # nothing happened since the place before
-                or last_write.get(self._fake.memory(value), -1) > index
-                or all(user.op == "output" for user in value.users)  # the rest would be empty
-            ):
-                continue
-            size = math.prod(int(n) for n in port.shape if n != BATCH) * value.meta["val"].itemsize
-            self.cuts.append(CutPoint(len(self.cuts), node.name, port, size, cost))
-            self.ends.append(index + 1)
-            self.live.append(value)
-            cost = Cost()
-        self.rest = cost + self.costs[-1]
-
-    def _crosses(self, node: fx.Node) -> Port | None:
-        value = node.meta.get("val")
-        if node in self.inputs or not isinstance(value, Tensor) or not self._fake.in_rows(node):
-            return None
-        try:
-            port = port_of(HIDDEN, value, self.batch)
-        except ModelRefused:
-            return None
-        return port if _has_rows(port) or self.batch is None else None
-
-    def _cost_per_node(self) -> list[Cost]:
-        seen: set[fx.Node] = set()
-        costs = []
-        for index, node in enumerate(self.body):
-            new = {n for n in self._weights_of(index) if n not in seen}
-            seen |= new
-            parameters = sum(_bytes(self.weights[n][1]) for n in new)
-            costs.append(Cost(parameters, self._fake.flops[node], self._fake.written[node]))
-        return costs
-
-    def _weights_of(self, index: int) -> Iterable[fx.Node]:
-        node = self.body[index]
-        direct = [source for source in node.all_input_nodes if source in self.weights]
-        if all(
-            source in self.weights or source not in self.free for source in node.all_input_nodes
-        ):
-            return direct
-        return {
-            source
-            for user in self.needed(index, index + 1)
-            for source in user.all_input_nodes
-            if source in self.weights
-        }
-
-
-class _FakeRun(fx.Interpreter):
-    """One run over tensors without data, two rows each: flops, bytes and shared memory."""
-
-    _ROWS = 2  # one row would let views pass for contiguous that are not
-
-    def __init__(self, analysis: _Analysis) -> None:
-        super().__init__(analysis.program.graph_module, garbage_collect_values=False)
-        self._rows = self._ROWS if analysis.batch is not None else 1
-        self.flops: dict[fx.Node, int] = {}
-        self.written: dict[fx.Node, int] = {}
-        self._memory: dict[fx.Node, int] = {}
-        self._contiguous: dict[fx.Node, bool] = {}
-        self._owner: dict[int, int] = {}
-        self._mode = FakeTensorMode()
-        self._counter = FlopCounterMode(display=False)
-        with torch.no_grad(), self._mode, self._counter:
-            placeholders = [n for n in analysis.program.graph.nodes if n.op == "placeholder"]
-            try:
-                self.run(*map(self._fake, placeholders), enable_io_processing=False)
-            except Exception as error:
-                raise ModelRefused(f"the model does not run: {first_line(error)}") from error
-
-    def memory(self, node: fx.Node) -> int:
-        """Equal for nodes whose tensors share memory."""
-        return self._memory[node]
-
-    def in_rows(self, node: fx.Node) -> bool:
-        return self._contiguous[node]
-
-    def _fake(self, node: fx.Node) -> Any:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            return value
-        sizes: list[Any] = list(value.shape)
-        if not any(isinstance(size, torch.SymInt) for size in sizes):
-            return torch.empty_strided(sizes, value.stride(), dtype=value.dtype)
-        rows = [self._rows if isinstance(size, torch.SymInt) else size for size in sizes]
-        return torch.empty(rows, dtype=value.dtype)
-
-    def run_node(self, n: fx.Node) -> Any:
-        before = self._counter.get_total_flops()
-        result = super().run_node(n)
-        self.flops[n] = (self._counter.get_total_flops() - before) // self._rows
-        tensors = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        self._contiguous[n] = all(t.is_contiguous() for t in tensors)
-        # A set of nodes sharing memory is named by the first of them.
-        sources = [self._memory[source] for source in (*viewed_arguments(n), *mutated_arguments(n))]
-        storages = [t.untyped_storage()._cdata for t in tensors]
-        known = [self._owner[s] for s in storages if s in self._owner]
-        group = min([*sources, *known], default=len(self._memory))
-        for other in {*sources, *known} - {group}:
-            self._merge(other, group)
-        self._memory[n] = group
-        fresh = [t for t, s in zip(tensors, storages, strict=True) if s not in self._owner]
-        self._owner.update(dict.fromkeys(storages, group))
-        self.written[n] = sum(_bytes(t) for t in fresh) // self._rows
-        return result
-
-    def _merge(self, old: int, new: int) -> None:
-        self._memory.update((n, new) for n, group in self._memory.items() if group == old)
-        self._owner.update((s, new) for s, group in self._owner.items() if group == old)
-
-
-def _bytes(value: Tensor) -> int:
-    return value.numel() * value.element_size()
-
-
-_TRAINING_FLAG = {  # operator: position of its "I am training" argument
-    "aten.batch_norm.default": 5,
-    "aten.dropout.default": 2,
-    "aten.alpha_dropout.default": 2,
-    "aten.feature_dropout.default": 2,
-    "aten.feature_alpha_dropout.default": 2,
-}
-
-
-def _refuse_training(program: ExportedProgram) -> None:
-    for node in program.graph.nodes:
-        flag = _TRAINING_FLAG.get(str(node.target))
-        if flag is not None and len(node.args) > flag and node.args[flag] is True:
-            raise ModelRefused(
-                f"{node.name} runs in training mode, so answers would depend on chance or on "
-                "other requests: call eval() before the export"
-            )
-
-
-def cut_points(program: ExportedProgram) -> list[CutPoint]:
-    """Every place where the program can be cut, first to last. Raises ModelRefused."""
-    return _Analysis(program).cuts
-
-
-# -------------------------------------------------------------------------------- where to cut
-
-
-def choose_cuts(costs: Sequence[Cost], row_bytes: Sequence[int], blocks: int) -> list[int]:
-    """Choose `blocks - 1` of the cut points, exactly: first the least time of the slowest block,
-    then, among those, the fewest bytes that cross.
-
-    `costs[i]` lies before cut point `i`, the last one behind them all; `row_bytes[i]` crosses at
-    `i`. There must be enough cut points.
-    """
-    count = len(row_bytes)
-    total = list(accumulate((cost.seconds for cost in costs), initial=0.0))
-
-    def solve(value: Callable[[float, float, int], float]) -> tuple[float, list[int]]:
-        """Least `value(best before, seconds of this block, cut it ends at)` over all choices."""
-        # best[c]: the least value of the blocks so far if they end at cut c, and their cuts.
-        best = {c: (value(0.0, total[c + 1], c), [c]) for c in range(count)}
-
-        def extend(end: int, cut: int) -> tuple[float, list[int]]:
-            """The best way to add a block that ends before segment `end`."""
-            least, last = min(
-                (value(best[p][0], total[end] - total[p + 1], cut), p) for p in best if p < end - 1
-            )
-            return least, [*best[last][1], cut]
-
-        for done in range(1, blocks - 1):
-            best = {c: extend(c + 1, c) for c in range(done, count)}
-        least, cuts = extend(len(total) - 1, -1)
-        return least, cuts[:-1]
-
-    if blocks == 1:
-        return []
-    slowest, _ = solve(lambda before, seconds, _cut: max(before, seconds))
-    limit = slowest * (1 + 1e-9)
-    _, chosen = solve(
-        lambda before, seconds, cut: (
-            math.inf if seconds > limit else before + (row_bytes[cut] if cut >= 0 else 0)
-        )
-    )
-    return chosen
+# ------------------------------------------------------------------------------------ into blocks
 
 
 def split(
     program: ExportedProgram,
-    blocks: int,
+    blocks: Where,
     name: str,
     *,
     model: Callable[..., Any] | None = None,
+    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> list[BlockSource]:
-    """Cut a program into `blocks` blocks of about equal time, proven equal to the model.
+    """Cut a program: into a number of blocks of equal cost, before modules, or everywhere.
 
-    `model` is what the blocks are compared with, called with the program's inputs in their order;
-    the program itself if it is left out. Raises ModelRefused if there are too few cut points or
-    the blocks do not give the model's results.
+    The blocks are compared with `model`, which takes and returns what the program does, or else
+    with the program. With a device, costs are measured there; they are modelled otherwise. Raises
+    ModelRefused.
     """
-    analysis = _Analysis(program)
-    if blocks < 1:
+    if isinstance(blocks, int) and blocks < 1:
         raise ModelRefused(f"{name} cannot be split into {blocks} blocks: 1 is the least")
-    if blocks > len(analysis.cuts) + 1:
-        raise ModelRefused(
-            f"{name} can be split into at most {len(analysis.cuts) + 1} blocks, not {blocks}: it "
-            f"has {len(analysis.cuts)} places where a single tensor is alive, contiguous, and not "
-            "overwritten later"
-        )
-    chosen = choose_cuts(
-        [*(cut.cost for cut in analysis.cuts), analysis.rest],
-        [cut.row_bytes for cut in analysis.cuts],
-        blocks,
-    )
-    return _build(analysis, [analysis.cuts[i] for i in chosen], name, model, progress)
+    if device is not None and progress is not None:
+        progress(f"{name}: measuring operators on {device}")
+    analysis = Analysis(program, device)
+    match blocks:
+        case int():
+            places = balanced_places(analysis, blocks, name)
+        case AtModules(names=names):
+            places = _before(analysis, names, name)
+        case Everywhere(tensors=tensors):
+            places = [cut.place for cut in analysis.cuts(tensors)]
+        case _:
+            assert_never(blocks)
+    return _build(analysis, places, name, model, progress)
 
 
 def split_at(
@@ -561,12 +201,17 @@ def split_at(
     progress: Progress | None = None,
 ) -> list[BlockSource]:
     """Cut a program at given cut points of its own, for example those of `shared_prefix`."""
-    analysis = _Analysis(program)
-    ordered = sorted(set(cuts), key=lambda cut: cut.index)
-    for cut in ordered:
-        if cut.index >= len(analysis.cuts) or analysis.cuts[cut.index] != cut:
+    analysis = Analysis(program)
+    places = sorted({cut.place for cut in cuts})
+    for cut in cuts:
+        if not (
+            0 < cut.place < len(analysis.body)
+            and analysis.body[cut.place - 1].name == cut.after
+            and analysis.obstacle(cut.place) is None
+            and analysis.ports(cut.place) == cut.tensors
+        ):
             raise ModelRefused(f"{name} has no cut point behind {cut.after!r}")
-    return _build(analysis, ordered, name, model, progress)
+    return _build(analysis, places, name, model, progress)
 
 
 def shared_prefix(programs: Sequence[ExportedProgram]) -> tuple[CutPoint, ...] | None:
@@ -575,58 +220,86 @@ def shared_prefix(programs: Sequence[ExportedProgram]) -> tuple[CutPoint, ...] |
     Returns that cut point of each program, in their order, or None if they share no prefix.
     Splitting each program there with `split_at` gives equal first blocks: one artifact.
     """
-    tables: list[dict[bytes, CutPoint]] = []
+    tables: list[dict[tuple[bytes, ...], CutPoint]] = []
     for program in programs:
-        analysis = _Analysis(program)
-        digests = prefix_digests(program)
-        tables.append(
-            {
-                digests[analysis.body[end - 1]]: cut
-                for end, cut in zip(analysis.ends, analysis.cuts, strict=True)
-                if analysis.body[end - 1] in digests
-            }
-        )
+        analysis = Analysis(program)
+        keys = analysis.keys()
+        tables.append({keys[cut.place]: cut for cut in analysis.cuts()})
     if not tables:
         return None
-    common = [digest for digest in tables[0] if all(digest in table for table in tables)]
+    common = [key for key in tables[0] if all(key in table for table in tables)]
     return tuple(table[common[-1]] for table in tables) if common else None
+
+
+def balanced_places(analysis: Analysis, blocks: int, name: str) -> list[int]:
+    """Where to cut into `blocks` blocks of about equal cost. Raises ModelRefused naming `name`."""
+    cuts = analysis.cuts()
+    if blocks > len(cuts) + 1:
+        raise ModelRefused(
+            f"{name} can be split into at most {len(cuts) + 1} blocks, not {blocks}: it has "
+            f"{len(cuts)} places where at most {MAX_TENSORS} tensors are alive, all contiguous, "
+            "and none overwritten later"
+        )
+    whole = sum(analysis.costs, Cost())
+    rest = sum(analysis.costs[cuts[-1].place if cuts else 0 :], Cost())
+    chosen = choose(
+        [*(cut.cost.seconds for cut in cuts), rest.seconds],
+        [cut.row_bytes for cut in cuts],
+        blocks,
+        # In the unit of the costs, be they modelled or measured.
+        byte_seconds=ROWS / BANDWIDTH * whole.seconds / (whole.modelled or 1),
+        slack=SLACK,
+    )
+    return [cuts[index].place for index in chosen]
+
+
+def _before(analysis: Analysis, modules: Sequence[str], name: str) -> list[int]:
+    places: dict[int, str] = {}
+    for module in modules:
+        place = analysis.place_of(module)
+        if place == 0:
+            raise ModelRefused(f"{name} begins with {module}: there is nothing to cut before it")
+        reason = analysis.obstacle(place)
+        if reason is not None:
+            raise ModelRefused(f"{name} cannot be cut before {module}: {reason}")
+        if place in places:
+            raise ModelRefused(f"{module} and {places[place]} begin at the same operator of {name}")
+        places[place] = module
+    return sorted(places)
 
 
 # -------------------------------------------------------------------------------------- building
 
 
 def _build(
-    analysis: _Analysis,
-    cuts: Sequence[CutPoint],
+    analysis: Analysis,
+    places: Sequence[int],
     name: str,
     model: Callable[..., Any] | None,
     progress: Progress | None,
 ) -> list[BlockSource]:
     say = progress or (lambda _: None)
     program = analysis.program
-    count = len(cuts) + 1
-    bounds = [0, *(analysis.ends[cut.index] for cut in cuts), len(analysis.body)]
+    count = len(places) + 1
     model_outputs = output_ports(program)
     for port in model_outputs:
-        if analysis.batch is not None and not _has_rows(port):
+        if analysis.batch is not None and not has_rows(port):
             raise ModelRefused(
                 f"the output {port.name!r} has no batch dimension though the inputs have one: "
                 "rows of different requests could not be told apart"
             )
-    crossing = [analysis.live[cut.index] for cut in cuts]
+    nodes = [analysis.inputs, *map(analysis.live, places), analysis.outputs]
+    ports = [analysis.input_ports, *map(analysis.ports, places), model_outputs]
     blocks: list[BlockSource] = []
-    for index, (first, last) in enumerate(pairwise(bounds)):
+    for index, (first, last) in enumerate(pairwise([0, *places, len(analysis.body)])):
         say(f"{name}: building block {index + 1} of {count}")
-        takes = [crossing[index - 1]] if index else analysis.inputs
-        gives = [crossing[index]] if index < count - 1 else analysis.outputs
-        inputs = (cuts[index - 1].tensor,) if index else analysis.input_ports
-        outputs = (cuts[index].tensor,) if index < count - 1 else model_outputs
+        inputs, outputs = ports[index], ports[index + 1]
         # Traced again, the piece becomes a program that knows nothing of the rest.
         piece = copy_graph(
             program,
             body=analysis.needed(first, last),
-            inputs=dict(zip(takes, (port.name for port in inputs), strict=True)),
-            outputs=gives,
+            inputs=dict(zip(nodes[index], (port.name for port in inputs), strict=True)),
+            outputs=nodes[index + 1],
             weights=analysis.weights,
         )
         exported = export(piece, inputs)
@@ -635,10 +308,10 @@ def _build(
         blocks.append(
             BlockSource(
                 program=exported,
-                digest=digest_of(exported, inputs, outputs),
+                digest=digest_of(exported),
                 inputs=inputs,
                 outputs=outputs,
-                cost=Cost(sum(_bytes(w) for _, w in weights), cost.flops, cost.activation_bytes),
+                cost=replace(cost, parameter_bytes=sum(w.nbytes for _, w in weights)),
                 mutates_inputs=index == 0 and analysis.mutated_inputs(last),
                 origin=Origin(
                     model=name,
@@ -650,16 +323,28 @@ def _build(
             )
         )
     say(f"{name}: comparing {count} blocks with the model")
-    _prove(name, blocks, model or plain_module(program))
+    _prove(
+        name,
+        [plain_module(block.program) for block in blocks],
+        [block.mutates_inputs for block in blocks],
+        analysis.input_ports,
+        model or plain_module(program),
+    )
     return blocks
 
 
-def _prove(name: str, blocks: Sequence[BlockSource], model: Callable[..., Any]) -> None:
+def _prove(
+    name: str,
+    chain: Sequence[Callable[..., Sequence[Tensor]]],
+    mutates: Sequence[bool],
+    ports: Sequence[Port],
+    model: Callable[..., Any],
+) -> None:
     """Compare the chain of blocks with the model on CPU, bit for bit, at sizes export never saw.
 
-    Also changes one row and looks at the others: batching puts rows of strangers side by side.
+    What a block gives is handed to the next by position. Also changes one row and looks at the
+    others: batching puts rows of strangers side by side.
     """
-    chain = [plain_module(block.program) for block in blocks]
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
         values = [tensor.clone() for tensor in inputs]
@@ -669,30 +354,29 @@ def _prove(name: str, blocks: Sequence[BlockSource], model: Callable[..., Any]) 
                 given = values
                 values = list(module(*given))
                 written = [v._version for v in given] != before
-                if written and not blocks[index].mutates_inputs:
+                if written and not mutates[index]:
                     raise ModelRefused(
                         f"{name}: block {index + 1} writes to its input, which no operator of it "
                         "declares; remove in-place operations from the model"
                     )
         return values
 
-    ports = blocks[0].inputs
-    batched = any(_has_rows(port) for port in ports)
+    batched = any(has_rows(port) for port in ports)
     for rows in (1, 3) if batched else (1,):
         inputs = [example(port, rows, seed) for seed, port in enumerate(ports)]
         found = run(inputs)
         expected = _run_model(model, inputs)
-        if len(found) != len(expected) or not all(map(_same_bits, found, expected)):
+        if len(found) != len(expected) or not all(map(same_bits, found, expected)):
             raise ModelRefused(
                 f"{name}: the blocks do not give the model's results at {rows} rows; the model "
                 "may draw random numbers, or depend on values in a way that export does not record"
             )
     if batched:
         changed = [
-            torch.cat([example(port, 1, seed + 100), tensor[1:]]) if _has_rows(port) else tensor
+            torch.cat([example(port, 1, seed + 100), tensor[1:]]) if has_rows(port) else tensor
             for seed, (port, tensor) in enumerate(zip(ports, inputs, strict=True))
         ]
-        if not all(_same_bits(a[1:], b[1:]) for a, b in zip(run(changed), found, strict=True)):
+        if not all(same_bits(a[1:], b[1:]) for a, b in zip(run(changed), found, strict=True)):
             raise ModelRefused(
                 f"{name} mixes the rows of a batch: changing one row changes the others' results, "
                 "so requests could not be batched together"
@@ -700,35 +384,14 @@ def _prove(name: str, blocks: Sequence[BlockSource], model: Callable[..., Any]) 
 
 
 def _run_model(model: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
-    # torch's attention layers have a fused path for inference that export never takes and that
-    # differs in the last bits.
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    frozen = _frozen(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
-    try:
-        with frozen, torch.no_grad():
-            value = model(*[tensor.clone() for tensor in inputs])
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    served = as_served(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
+    with served, torch.no_grad():
+        value = model(*[tensor.clone() for tensor in inputs])
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-@contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter wants a gradient here, as in a block: matmul takes another path for those that
-    do, even where no gradient is recorded.
-    """
-    wanting = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        for parameter in wanting:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and every bit (0.0 is not -0.0)."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     flat = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
@@ -739,11 +402,18 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def split_model(
-    source: SourceModel, blocks: int, store: Store, *, progress: Progress | None = None
+    source: SourceModel,
+    blocks: Where,
+    store: Store,
+    *,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
 ) -> SplitResult:
     """Split a model and put its blocks into the store, after they are proven equal to it.
 
-    `progress` gets a line at every step. Raises ModelRefused, and then nothing was stored.
+    With a device, costs are measured there; they are modelled otherwise. `progress` gets a line at
+    every step. Raises ModelRefused, and then nothing was stored, or BlockFlowError where the disk
+    is full, and then what is in the store is whole.
     """
     say = progress or (lambda _: None)
     match source:
@@ -753,24 +423,22 @@ def split_model(
             names = [port.name for port in input_ports(program)]
             module = source.module
 
-            @_frozen(module)
             def model(*tensors: Tensor) -> Any:
-                if set(names) == {port.name for port in source.inputs}:
-                    return module(**dict(zip(names, tensors, strict=True)))
-                return module(*tensors)
+                with as_served(module):
+                    if set(names) == {port.name for port in source.inputs}:
+                        return module(**dict(zip(names, tensors, strict=True)))
+                    return module(*tensors)
 
-            made = split(program, blocks, source.name, model=model, progress=progress)
+            made = split(
+                program, blocks, source.name, model=model, device=device, progress=progress
+            )
         case ProgramFile():
             say(f"{source.name}: reading {source.path}")
-            made = split(read_archive(source.path), blocks, source.name, progress=progress)
+            program = read_archive(source.path)
+            made = split(program, blocks, source.name, device=device, progress=progress)
         case ScriptFile():
-            if blocks != 1:
-                raise ModelRefused(
-                    f"{source.path} is TorchScript, which cannot be cut into {blocks} blocks: "
-                    "deploy it as one, or export the model with torch.export"
-                )
             say(f"{source.name}: reading {source.path}")
-            return _store_script(source, store)
+            return _store_script(source, blocks, store, progress)
         case _:
             assert_never(source)
     return store_blocks(made, store, progress=progress)
@@ -779,7 +447,11 @@ def split_model(
 def store_blocks(
     blocks: Sequence[BlockSource], store: Store, *, progress: Progress | None = None
 ) -> SplitResult:
-    """Put the blocks of one model into the store; those that are there already stay as they are."""
+    """Put the blocks of one model into the store; those that are there already stay as they are.
+
+    Raises BlockFlowError where the disk is full. Blocks that were stored until then are whole and
+    stay; the others are not there.
+    """
     say = progress or (lambda _: None)
     stored = []
     model = blocks[0].origin.model
@@ -787,98 +459,167 @@ def store_blocks(
         name = _block_name(model, block.origin.index, len(blocks))
         say(f"{model}: storing {name}")
         shared = block.digest in store
-        manifest = store.put(block.manifest(), partial(_write_block, block))
+        manifest = store.put(block.manifest(), partial(_write_block, block, store))
         stored.append(StoredBlock(name, manifest, block.cost.seconds, shared))
-    return SplitResult(model, store.root, tuple(stored))
-
-
-def _write_block(block: BlockSource, folder: Path) -> None:
-    write_archive(block.program, folder / PROGRAM_FILE["torch.export"])
+    return SplitResult(
+        model,
+        store.root,
+        tuple(stored),
+        tuple(port.name for port in blocks[0].inputs),
+        tuple(port.name for port in blocks[-1].outputs),
+    )
 
 
 def _block_name(model: str, index: int, count: int) -> str:
     return f"{model}-{index + 1}of{count}" if count > 1 else model
 
 
+def _write_block(block: BlockSource, store: Store, folder: Path) -> None:
+    write_program(block.program, folder, store)
+
+
 def topology_for(result: SplitResult, pipeline: str, *, device: str = "cpu") -> Topology:
     """A topology of one pipeline through the blocks of a split model, all on one device.
 
-    Raises TopologyInvalid for a pipeline name or device that no topology can have.
+    Clients see the model's own names. Raises TopologyInvalid for a pipeline name or device that no
+    topology can have, and ModelRefused where blocks that were stored earlier, under other names,
+    would be connected the wrong way round.
     """
+    for before, after in pairwise(block.manifest for block in result.blocks):
+        gives, takes = ([p.name for p in ports] for ports in (before.outputs, after.inputs))
+        if wiring(before, after) != dict(zip(takes, gives, strict=True)):
+            raise ModelRefused(
+                f"{result.model}: the blocks {before.digest} and {after.digest} were stored "
+                f"earlier, by other models, and name what they hand over ({', '.join(gives)}) in "
+                "two orders; split this model into a store of its own"
+            )
     return parse_topology(
         {
             "store": str(result.store),
             "blocks": {b.name: {"artifact": b.digest, "device": device} for b in result.blocks},
-            "pipelines": {pipeline: {"blocks": [b.name for b in result.blocks]}},
+            "pipelines": {
+                pipeline: {
+                    "blocks": [b.name for b in result.blocks],
+                    "inputs": list(result.inputs),
+                    "outputs": list(result.outputs),
+                }
+            },
         }
     )
 
 
-def _store_script(source: ScriptFile, store: Store) -> SplitResult:
+# ------------------------------------------------------------------------------------ TorchScript
+
+
+def _store_script(
+    source: ScriptFile, blocks: Where, store: Store, progress: Progress | None
+) -> SplitResult:
+    say = progress or (lambda _: None)
     script = read_script(source.path)
-    outputs, mutates = _discover(source, script)
-    digest = script_digest(source.path, source.inputs)
-    weights = {t.data_ptr(): t for t in (*script.parameters(), *script.buffers())}
-    shared = digest in store
-
-    def copy(folder: Path) -> None:
-        shutil.copyfile(source.path, folder / PROGRAM_FILE["torchscript"])
-
-    manifest = store.put(
-        Manifest(
+    if blocks == 1:
+        whole = interface_of(script, source.inputs, str(source.path))
+        parts = [(whole, Cost(parameter_bytes=weight_bytes(script)), "forward", "forward")]
+        contents: list[bytes | Path] = [source.path]
+    else:
+        every = stages(script, source.inputs, source.path)
+        groups = _grouped(every, blocks, source)
+        say(f"{source.name}: building {len(groups)} blocks")
+        parts = []
+        for group in groups:
+            first, last = group[0], group[-1]
+            outputs = last.interface.outputs
+            if group is not groups[-1]:
+                outputs = (msgspec.structs.replace(outputs[0], name=HIDDEN),)
+            mutates = any(stage.interface.mutates_inputs for stage in group)
+            interface = Interface(first.interface.inputs, outputs, mutates)
+            cost = sum((stage.cost for stage in group), Cost())
+            parts.append((interface, cost, first.name, last.name))
+        contents = [joined(group) for group in groups]
+    say(f"{source.name}: comparing {len(parts)} blocks with the model")
+    chain = [read_script(each if isinstance(each, Path) else io.BytesIO(each)) for each in contents]
+    _prove(
+        source.name,
+        [_flat(script, part[0]) for script, part in zip(chain, parts, strict=True)],
+        [part[0].mutates_inputs for part in parts],
+        source.inputs,
+        script,
+    )
+    stored = []
+    for index, ((interface, cost, first_name, last_name), content) in enumerate(
+        zip(parts, contents, strict=True)
+    ):
+        digest = script_digest(content, interface.inputs)
+        shared = digest in store
+        manifest = Manifest(
             format="torchscript",
             digest=digest,
-            inputs=source.inputs,
-            outputs=outputs,
-            parameter_bytes=sum(_bytes(t) for t in weights.values()),
-            flops=0,
-            mutates_inputs=mutates,
-            origin=Origin(model=source.name, index=0, count=1, first="forward", last="forward"),
+            inputs=interface.inputs,
+            outputs=interface.outputs,
+            parameter_bytes=cost.parameter_bytes,
+            flops=cost.flops,
+            mutates_inputs=interface.mutates_inputs,
+            origin=Origin(
+                model=source.name,
+                index=index,
+                count=len(parts),
+                first=first_name,
+                last=last_name,
+            ),
             files={},
-        ),
-        copy,
+        )
+        name = _block_name(source.name, index, len(parts))
+        say(f"{source.name}: storing {name}")
+        manifest = store.put(manifest, partial(_write_script, content))
+        stored.append(StoredBlock(name, manifest, cost.seconds if cost.flops else 0.0, shared))
+    return SplitResult(
+        source.name,
+        store.root,
+        tuple(stored),
+        tuple(port.name for port in parts[0][0].inputs),
+        tuple(port.name for port in parts[-1][0].outputs),
     )
-    return SplitResult(source.name, store.root, (StoredBlock(source.name, manifest, 0.0, shared),))
 
 
-def _discover(source: ScriptFile, script: torch.jit.ScriptModule) -> tuple[tuple[Port, ...], bool]:
-    """Learn a TorchScript model's outputs, and whether it writes its inputs, from two runs."""
-    seen: list[tuple[list[str], list[Tensor]]] = []
-    mutates = False
-    sizes = (2, 3) if any(_has_rows(port) for port in source.inputs) else (1, 1)
-    for rows in sizes:
-        inputs = [example(port, rows, seed) for seed, port in enumerate(source.inputs)]
-        before = [tensor._version for tensor in inputs]
-        try:
-            with torch.no_grad():
-                value = script(*inputs)
-        except Exception as error:
+def _grouped(every: Sequence[Stage], blocks: Where, source: ScriptFile) -> list[list[Stage]]:
+    names = [stage.name for stage in every]
+    match blocks:
+        case int() if not 1 <= blocks <= len(every):
             raise ModelRefused(
-                f"{source.path} does not run on the inputs that it is said to take: "
-                f"{first_line(error)}"
-            ) from error
-        mutates = mutates or [tensor._version for tensor in inputs] != before
-        paths, _ = pytree.tree_flatten_with_path(value)
-        names = output_names([path for path, _ in paths])
-        tensors = list(flatten_outputs(value, names))
-        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
-            raise ModelRefused(f"{source.path} returns nested values: return tensors only")
-        seen.append((names, tensors))
-    (names, small), (again, large) = seen
-    if names != again:
-        raise ModelRefused(f"{source.path} returns different outputs for different batch sizes")
-    ports = []
-    for name, one, other in zip(names, small, large, strict=True):
-        shape: list[Any] = list(one.shape)
-        if sizes[0] != sizes[1]:
-            if tuple(one.shape[:1]) != sizes[:1] or tuple(other.shape[:1]) != sizes[1:]:
-                raise ModelRefused(
-                    f"the output {name!r} of {source.path} has no batch dimension in front though "
-                    "the inputs have one"
-                )
-            shape[0] = BATCH
-        if list(other.shape[1:]) != list(one.shape[1:]):
-            raise ModelRefused(f"the output {name!r} of {source.path} changes shape with the batch")
-        dtype = str(one.dtype).removeprefix("torch.")
-        ports.append(Port(name=name, dtype=dtype, shape=tuple(shape)))
-    return tuple(ports), mutates
+                f"{source.path} is TorchScript of {len(every)} submodules: it can be split into 1 "
+                f"to {len(every)} blocks, not {blocks}"
+            )
+        case int():
+            chosen = choose(
+                [stage.cost.seconds for stage in every],
+                [port_bytes(stage.interface.outputs[0]) for stage in every[:-1]],
+                blocks,
+                byte_seconds=ROWS / BANDWIDTH,
+                slack=SLACK,
+            )
+            edges = [0, *(cut + 1 for cut in chosen), len(every)]
+        case AtModules(names=wanted):
+            for name in wanted:
+                if name not in names[1:]:
+                    raise ModelRefused(
+                        f"{source.path} cannot be cut before {name!r}: it can be before "
+                        f"{', '.join(names[1:]) or 'nothing'}"
+                    )
+            edges = [0, *sorted({names.index(name) for name in wanted}), len(every)]
+        case Everywhere():
+            edges = [*range(len(every) + 1)]
+        case _:
+            assert_never(blocks)
+    return [list(every[a:b]) for a, b in pairwise(edges)]
+
+
+def _flat(script: torch.jit.ScriptModule, interface: Interface) -> Callable[..., Sequence[Tensor]]:
+    names = [port.name for port in interface.outputs]
+    return lambda *tensors: flatten_outputs(script(*tensors), names)
+
+
+def _write_script(content: bytes | Path, folder: Path) -> None:
+    path = folder / PROGRAM_FILE["torchscript"]
+    if isinstance(content, Path):
+        shutil.copyfile(content, path)
+    else:
+        path.write_bytes(content)
