@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from blockflow.artifact import Digest, Manifest, Origin, Port, Store, parse_digest
-from blockflow.errors import InvalidInput, NotFound, StoreCorrupt
+from blockflow.artifact import (
+    TENSORS,
+    WEIGHTS_FILE,
+    Digest,
+    Manifest,
+    Origin,
+    Port,
+    Store,
+    StoredWeight,
+    parse_digest,
+    tensor_name,
+)
+from blockflow.errors import BlockFlowError, InvalidInput, NotFound, StoreCorrupt
 
 A = Digest("sha256-" + "a" * 64)
 B = Digest("sha256-" + "b" * 64)
@@ -244,3 +258,240 @@ def test_writers_of_one_digest_agree(store: Store) -> None:
     assert store.digests() == [A]
     store.verify(A)
     assert list((store.root / "tmp").iterdir()) == []
+
+
+# --------------------------------------------------------------------- tensors, stored once
+
+
+def tensor_file(folder: Path, content: bytes) -> str:
+    """A draft's tensor file; the store does not look into it, only at its digest."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    (folder / TENSORS).mkdir(exist_ok=True)
+    (folder / TENSORS / tensor_name(sha256)).write_bytes(content)
+    return sha256
+
+
+def with_tensors(*contents: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "program.pt2").write_bytes(b"program")
+        weights = {
+            f"w{index}": StoredWeight(tensor_file(folder, each), len(each), "uint8", (len(each),))
+            for index, each in enumerate(contents)
+        }
+        (folder / WEIGHTS_FILE).write_bytes(msgspec.json.encode(weights))
+
+    return write
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_artifacts_that_share_a_tensor_share_its_file(store: Store) -> None:
+    first = store.put(manifest(A), with_tensors(b"shared", b"a"))
+    store.put(manifest(B), with_tensors(b"shared", b"b"))
+    assert store.tensors() == {sha(b"shared"): 6, sha(b"a"): 1, sha(b"b"): 1}
+    assert set(first.files) == {"program.pt2", "weights.json"}
+    assert [weight.sha256 for weight in store.weights(first).values()] == [
+        sha(b"shared"),
+        sha(b"a"),
+    ]
+    assert store.verify(A) == first
+    assert not (store.path(A) / TENSORS).exists()
+
+
+def test_an_artifact_may_keep_its_weights_inside(store: Store) -> None:
+    assert store.weights(store.put(manifest(), writing(b"program"))) == {}
+
+
+def test_a_damaged_tensor_is_named_for_every_artifact_that_uses_it(store: Store) -> None:
+    store.put(manifest(A), with_tensors(b"shared", b"a"))
+    store.put(manifest(B), with_tensors(b"shared", b"b"))
+    store.tensor_path(sha(b"shared")).write_bytes(b"Shared")
+    store.tensor_path(sha(b"b")).unlink()
+    (fault,) = store.faults(A)
+    assert f"{store.tensor_path(sha(b'shared'))} is damaged" in str(fault)
+    assert len(store.faults(B)) == 2
+    store.verify(A, weights=False)
+    with pytest.raises(StoreCorrupt, match="safetensors"):
+        store.verify(B)
+
+
+def test_every_fault_is_found(store: Store) -> None:
+    store.put(manifest(), with_tensors(b"a"))
+    assert store.faults(A) == []
+    (store.path(A) / "program.pt2").write_bytes(b"other")
+    (store.path(A) / "weights.json").write_bytes(b"{}")
+    found = [str(fault) for fault in store.faults(A)]
+    assert len(found) == 2
+    assert "program.pt2 is damaged" in found[0]
+    assert "weights.json is damaged" in found[1]
+    (store.path(A) / "manifest.json").write_text("{}")
+    assert len(store.faults(A)) == 1
+
+
+def test_weights_name_no_file_outside_the_store(store: Store) -> None:
+    def write(folder: Path) -> None:
+        (folder / "program.pt2").write_bytes(b"program")
+        weight = StoredWeight("../../etc/passwd", 1, "uint8", (1,))
+        (folder / WEIGHTS_FILE).write_bytes(msgspec.json.encode({"w": weight}))
+
+    stored = store.put(manifest(), write)
+    with pytest.raises(StoreCorrupt, match="names a file outside the store"):
+        store.weights(stored)
+
+
+# ------------------------------------------------------------------------------------ garbage
+
+
+def test_garbage_is_what_nobody_keeps(store: Store) -> None:
+    store.put(manifest(A), with_tensors(b"shared", b"a"))
+    store.put(manifest(B), with_tensors(b"shared", b"bb"))
+    would = store.collect([B], dry_run=True)
+    assert store.digests() == [A, B]
+    gone = store.collect([B])
+    assert would == gone
+    assert gone.artifacts == (A,)
+    assert gone.tensors == (sha(b"a"),)
+    assert store.digests() == [B]
+    assert set(store.tensors()) == {sha(b"shared"), sha(b"bb")}
+    store.verify(B)
+    assert store.collect([B]).bytes == 0
+    assert store.collect([]).artifacts == (B,)
+    assert store.tensors() == {}
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_the_bytes_of_garbage_are_those_that_the_files_had(store: Store) -> None:
+    store.put(manifest(A), with_tensors(b"shared", b"a"))
+    before = sum(path.stat().st_size for path in store.root.rglob("*") if path.is_file())
+    assert store.collect([]).bytes == before
+
+
+def test_what_a_kept_artifact_uses_must_be_known(store: Store) -> None:
+    store.put(manifest(A), with_tensors(b"a"))
+    store.put(manifest(B), with_tensors(b"b"))
+    (store.path(A) / "weights.json").write_bytes(b"{}")
+    with pytest.raises(StoreCorrupt, match=r"weights\.json is damaged"):
+        store.collect([A])
+    assert store.digests() == [A, B]
+
+
+def test_garbage_is_collected_when_the_writer_is_done(store: Store) -> None:
+    """What a writer stored, and no topology uses yet, survives until the writer lets go."""
+    store.put(manifest(B), writing(b"other"))
+    process = writer(store, A, "full")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stopped\n"
+    with ThreadPoolExecutor(1) as pool:
+        collecting = pool.submit(store.collect, [A])
+        with pytest.raises(TimeoutError):
+            collecting.result(timeout=0.3)
+        assert store.digests() == [B]
+        assert finish(process) == 0
+        assert collecting.result(timeout=30).artifacts == (B,)
+    store.verify(A)
+
+
+def test_a_session_of_writing_keeps_garbage_collectors_out(store: Store) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with store.writing():
+            store.put(manifest(A), writing(b"program"))
+            store.put(manifest(B), writing(b"program"))
+            collecting = pool.submit(store.collect, [])
+            with pytest.raises(TimeoutError):
+                collecting.result(timeout=0.1)
+            assert store.digests() == [A, B]
+        assert collecting.result(timeout=30).artifacts == (A, B)
+
+
+def test_a_killed_writer_does_not_lock_the_store(store: Store) -> None:
+    process = writer(store, A, "half")
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stopped\n"
+        process.kill()
+    assert store.collect([]).artifacts == ()
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------- full disk
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError(
+            "[enforce fail at inline_container.cc:820] . PytorchStreamWriter failed "
+            "writing file data/0: file write failed"
+        ),
+    ],
+)
+def test_a_full_disk_is_one_clear_message(store: Store, error: Exception) -> None:
+    store.put(manifest(B), writing(b"other"))
+
+    def fail(folder: Path) -> None:
+        with_tensors(b"new")(folder)
+        raise error
+
+    with pytest.raises(BlockFlowError, match=r"disk is full.*nothing of it was stored"):
+        store.put(manifest(A), fail)
+    assert store.digests() == [B]
+    assert store.tensors() == {}
+    assert list((store.root / "tmp").iterdir()) == []
+    store.verify(B)
+
+
+def test_a_limit_on_file_sizes_leaves_a_good_store(store: Store) -> None:
+    store.put(manifest(B), writing(b"other"))
+    code = """
+        import resource, signal, sys
+        from pathlib import Path
+        import msgspec
+        from blockflow.artifact import Manifest, Store
+        from blockflow.errors import BlockFlowError
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        manifest = msgspec.json.decode(sys.argv[2], type=Manifest)
+        write = lambda folder: (folder / "program.pt2").write_bytes(b"p" * 100_000)
+        try:
+            Store(Path(sys.argv[1])).put(manifest, write)
+        except BlockFlowError as error:
+            print(error)
+    """
+    text = msgspec.json.encode(manifest(A)).decode()
+    said = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(store.root), text],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "limit on file sizes" in said.stdout
+    assert said.stderr == ""
+    assert store.digests() == [B]
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_other_errors_pass_as_they_are(store: Store) -> None:
+    def fail(folder: Path) -> None:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        store.put(manifest(A), fail)
+
+
+def test_an_artifact_is_found_by_the_beginning_of_its_digest(store: Store) -> None:
+    near = Digest("sha256-" + "a" * 63 + "0")
+    for digest in (A, B, near):
+        store.put(manifest(digest), writing(b"program"))
+    assert store.find("bbbb") == store.find("sha256-bbbbbb") == store.find(B) == B
+    assert store.find(A) == A
+    with pytest.raises(InvalidInput, match=r"2 artifacts .* begin with aaaa"):
+        store.find("aaaa")
+    with pytest.raises(NotFound, match="has no artifact cccc"):
+        store.find("cccc")
+    for text in ("", "bbb", "BBBB", "../bbbb", "b" * 65):
+        with pytest.raises(InvalidInput, match="is no digest"):
+            store.find(text)

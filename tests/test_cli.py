@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -10,13 +11,24 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from blockflow import __version__, cli
 from blockflow.api import create_app
-from blockflow.artifact import Digest, Manifest, Store
+from blockflow.artifact import (
+    TENSORS,
+    WEIGHTS_FILE,
+    Digest,
+    Manifest,
+    Origin,
+    Port,
+    Store,
+    StoredWeight,
+    tensor_name,
+)
 from blockflow.errors import StartFailed, TopologyInvalid
 from blockflow.gateway.http import create_app as create_gateway
 from blockflow.options import ServeOptions
@@ -91,7 +103,7 @@ def test_version() -> None:
 
 def test_help_lists_every_verb() -> None:
     output = run("--help").output
-    for verb in ("split", "serve", "apply", "status", "infer", "demo"):
+    for verb in ("split", "store", "serve", "apply", "status", "infer", "demo"):
         assert verb in output
 
 
@@ -225,7 +237,7 @@ def test_split_refuses_bad_names_before_it_works(tmp_path: Path) -> None:
 
 
 def test_every_option_of_the_server_is_a_flag_with_its_default() -> None:
-    parameters = inspect.signature(cli.serve).parameters
+    parameters = inspect.signature(cli.server.serve).parameters
     assert set(parameters) == set(ServeOptions.model_fields)
     for name, field in ServeOptions.model_fields.items():
         assert parameters[name].default == field.default, name
@@ -401,7 +413,9 @@ def test_infer_makes_up_the_inputs_that_are_not_given(gateway: str, tmp_path: Pa
 
 
 def test_any_output_name_can_be_saved(tmp_path: Path) -> None:
-    cli._save(tmp_path / "out.npz", {"file": np.zeros(2), "allow_pickle": np.ones((), bool)})
+    cli.requests._save(
+        tmp_path / "out.npz", {"file": np.zeros(2), "allow_pickle": np.ones((), bool)}
+    )
     with np.load(tmp_path / "out.npz") as saved:
         assert saved["file"].shape == (2,)
         assert saved["allow_pickle"]
@@ -422,3 +436,137 @@ def test_infer_refuses_files_that_hold_no_array(tmp_path: Path, gateway: str) ->
         (line,) = refused(run("infer", "double", "--input", f"x={path}", "--server", gateway))
         assert line.startswith("error: ")
         assert str(path) in line
+
+
+# ------------------------------------------------------------------------------------- store
+
+
+def put(store: Store, digest: str, content: bytes, index: int = 0) -> Digest:
+    """An artifact of one program file and one tensor file; neither is looked into here."""
+
+    def write(folder: Path) -> None:
+        (folder / "program.pt2").write_bytes(b"program")
+        sha256 = hashlib.sha256(content).hexdigest()
+        (folder / TENSORS).mkdir()
+        (folder / TENSORS / tensor_name(sha256)).write_bytes(content)
+        weight = StoredWeight(sha256, len(content), "uint8", (len(content),))
+        (folder / WEIGHTS_FILE).write_bytes(msgspec.json.encode({"w": weight}))
+
+    port = Port("x", "float32", ("batch", 3))
+    manifest = Manifest(
+        format="torch.export",
+        digest=Digest(f"sha256-{digest * 64}"),
+        inputs=(port,),
+        outputs=(port,),
+        parameter_bytes=1_500_000,
+        flops=2_000_000,
+        mutates_inputs=False,
+        origin=Origin(model="net", index=index, count=2, first="a", last="b"),
+        files={},
+    )
+    return store.put(manifest, write).digest
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Store:
+    """Two artifacts, of which `topology.yaml` uses the one that begins with b."""
+    store = Store(tmp_path / "store", create=True)
+    put(store, "a", b"weight of a", index=1)
+    digest = put(store, "b", b"weight of b")
+    (tmp_path / "topology.yaml").write_text(
+        dump(Topology(store="store", blocks={"used": Block(artifact=digest)}))
+    )
+    return store
+
+
+def test_store_ls_shows_origin_costs_and_users(stored: Store, tmp_path: Path) -> None:
+    result = run("store", "ls", "--store", stored.root, "-t", tmp_path / "topology.yaml")
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["artifact", "model", "block", "MB", "MFLOP/row", "used", "by"]
+    assert lines[2].split() == ["b" * 12, "net", "1/2", "1.5", "2.0", "topology.yaml:", "used"]
+    assert lines[3].split() == ["a" * 12, "net", "2/2", "1.5", "2.0"]
+    assert lines[-1] == "2 artifacts, 2 tensor files with 22 B"
+
+
+def test_store_ls_goes_on_after_a_damaged_manifest(stored: Store) -> None:
+    (stored.path(f"sha256-{'a' * 64}") / "manifest.json").write_text("{}")
+    result = run("store", "ls", "--store", stored.root)
+    (line,) = refused(result)
+    assert "manifest.json is not a manifest" in line
+    assert "bbbbbbbbbbbb" in result.output
+
+
+def test_store_ls_of_an_empty_store(tmp_path: Path) -> None:
+    assert (
+        run("store", "ls", "--store", tmp_path).output == "0 artifacts, 0 tensor files with 0 B\n"
+    )
+    (line,) = refused(run("store", "ls", "--store", tmp_path / "none"))
+    assert "there is no artifact store at" in line
+
+
+def test_store_verify_names_every_damaged_file(stored: Store) -> None:
+    assert run("store", "verify", "--store", stored.root).output == "2 artifacts verified\n"
+    program = stored.path(f"sha256-{'a' * 64}") / "program.pt2"
+    program.write_bytes(b"x")
+    (tensor,) = [
+        stored.tensor_path(sha)
+        for sha, size in stored.tensors().items()
+        if sha == hashlib.sha256(b"weight of b").hexdigest()
+    ]
+    tensor.write_bytes(b"x")
+    first, second, last = refused(run("store", "verify", "--store", stored.root))
+    assert first.startswith(f"artifact aaaaaaaaaaaa: {program} is damaged")
+    assert second.startswith(f"artifact bbbbbbbbbbbb: {tensor} is damaged")
+    assert last == "2 of 2 artifacts are damaged"
+    assert len(refused(run("store", "verify", "aaaa", "--store", stored.root))) == 2
+
+
+def test_store_verify_refuses_what_is_not_there(stored: Store) -> None:
+    (line,) = refused(run("store", "verify", "cccc", "--store", stored.root))
+    assert "has no artifact cccc" in line
+
+
+def test_store_gc_must_be_told_what_to_keep(stored: Store) -> None:
+    (line,) = refused(run("store", "gc", "--store", stored.root))
+    assert line.startswith("error: say what must stay: --keep TOPOLOGY")
+    assert len(stored.digests()) == 2
+
+
+def test_store_gc_keeps_what_a_topology_uses(stored: Store, tmp_path: Path) -> None:
+    verb = ("store", "gc", "--store", stored.root, "--keep", tmp_path / "topology.yaml")
+    result = run(*verb, "--dry-run")
+    assert result.exit_code == 0
+    first, last = result.output.splitlines()
+    assert first == "would be removed: aaaaaaaaaaaa net 2/2"
+    assert last.startswith("would be freed: ")
+    assert last.endswith("1 artifact and 1 tensor file")
+    assert len(stored.digests()) == 2
+    assert run(*verb).output.splitlines()[0] == "removed: aaaaaaaaaaaa net 2/2"
+    assert stored.digests() == [f"sha256-{'b' * 64}"]
+    assert run(*verb).output == "freed: 0 B, 0 artifacts and 0 tensor files\n"
+    stored.verify(f"sha256-{'b' * 64}")
+
+
+def test_store_gc_keeps_what_a_running_server_uses(
+    stored: Store, control: str, controller: FakeController
+) -> None:
+    digest = f"sha256-{'a' * 64}"
+    controller.current = Topology(blocks={"a": Block(artifact=digest)})
+    assert run("store", "gc", "--store", stored.root, "--server", control).exit_code == 0
+    assert stored.digests() == [digest]
+
+
+def test_store_gc_removes_nothing_when_the_server_does_not_answer(
+    stored: Store, closed: str
+) -> None:
+    (line,) = refused(run("store", "gc", "--store", stored.root, "--server", closed))
+    assert "no BlockFlow server answers" in line
+    assert len(stored.digests()) == 2
+
+
+def test_store_gc_of_everything(stored: Store) -> None:
+    assert run("store", "gc", "--store", stored.root, "--all").exit_code == 0
+    assert stored.digests() == []
+    assert stored.tensors() == {}

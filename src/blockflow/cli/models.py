@@ -1,0 +1,369 @@
+"""Verbs that read models: `split`, `inspect`."""
+# ruff: noqa: PLC0415  imports inside the verbs keep torch out of those that do not compute
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from rich.tree import Tree
+
+from blockflow.artifact import Manifest, Store
+from blockflow.cli.command import app, verb
+from blockflow.cli.text import print_table, short_digest, size
+from blockflow.errors import InvalidInput
+from blockflow.topology import Topology, dump, parse
+
+if TYPE_CHECKING:
+    from blockflow.plot import Profile
+    from blockflow.share import Family
+    from blockflow.split import SplitResult
+
+_DIGEST = re.compile(r"(sha256-)?[0-9a-f]{4,64}")
+
+
+@app.command()
+@verb
+def split(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="resnet18 to resnet152, package.module:factory, or a .pt2 or .pt",
+        ),
+    ],
+    blocks: Annotated[
+        int | None, typer.Option("--blocks", "-n", min=1, help="number of blocks of equal cost")
+    ] = None,
+    at: Annotated[
+        str | None, typer.Option("--at", help="cut before these modules: layer2,layer3")
+    ] = None,
+    every: Annotated[bool, typer.Option("--every", help="Cut wherever it can be cut.")] = False,
+    share: Annotated[
+        bool,
+        typer.Option("--share", help="Cut several models so that what is equal is one block."),
+    ] = False,
+    store: Annotated[Path, typer.Option(help="directory of the artifact store")] = Path("store"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="topology file to write")] = Path(
+        "topology.yaml"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace the topology file.")] = False,
+    name: Annotated[
+        str | None, typer.Option(help="name of the pipeline; default: the model's")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda:<index>")] = "cpu",
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", "-i", help="an input, such as x:float32[batch,3,224,224]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of a built-in model's random weights")] = 0,
+) -> None:
+    """Cut MODEL into blocks and write a topology that serves them.
+
+    With --share, several models: what they compute alike, with the same weights, becomes blocks
+    that are stored and deployed once, and each model is a pipeline.
+    """
+    # What would make the result unusable is found before the work, which takes minutes.
+    if len(models) > 1 and not share:
+        raise InvalidInput(f"{len(models)} models are split together with --share only")
+    if share and (name is not None or at is not None or every):
+        raise InvalidInput("--share goes with --blocks alone; pipelines are named after the models")
+    if not share and sum((blocks is not None, at is not None, every)) != 1:
+        raise InvalidInput("say how to split: --blocks N, --at MODULE,MODULE, or --every")
+    _check_names(name or "model", device)
+    if output.exists() and not force:
+        raise InvalidInput(f"{output} exists; --force replaces it")
+    if not output.parent.is_dir():
+        raise InvalidInput(f"there is no directory {output.parent} to write {output.name} into")
+
+    place = Store(store, create=True)
+    # Until the topology is written, nothing says that the blocks are in use.
+    with place.writing():
+        if share:
+            with _progress(f"{models[0]}: loading torch") as say:
+                from blockflow.models import parse_input, resolve
+                from blockflow.share import family_topology, split_shared
+
+                ports = [parse_input(each) for each in inputs or ()]
+                family = split_shared(
+                    (resolve(model, ports, seed=seed) for model in models),
+                    place,
+                    blocks=blocks or 1,
+                    progress=say,
+                )
+            topology = family_topology(family, device=device)
+        else:
+            with _progress(f"{models[0]}: loading torch") as say:
+                from blockflow.models import parse_input, resolve
+                from blockflow.split import AtModules, Everywhere, split_model, topology_for
+
+                where = blocks or (AtModules(tuple(at.split(","))) if at else Everywhere())
+                ports = [parse_input(each) for each in inputs or ()]
+                source = resolve(models[0], ports, seed=seed)
+                result = split_model(source, where, place, progress=say)
+            topology = topology_for(result, name or result.model, device=device)
+        relative = os.path.relpath(store.resolve(), output.parent.resolve())
+        text = dump(topology.model_copy(update={"store": relative}))
+        output.write_text(text, encoding="utf-8")
+    if share:
+        _print_family(family, output)
+    else:
+        _print_split(result, topology, output)
+
+
+@app.command()
+@verb
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|DIGEST",
+            help="a model as `split` takes it, or an artifact as `store ls` prints it",
+        ),
+    ],
+    blocks: Annotated[
+        int | None, typer.Option("--blocks", "-n", min=1, help="mark the cuts for so many blocks")
+    ] = None,
+    tensors: Annotated[
+        int, typer.Option(min=1, help="most tensors that may cross a cut point")
+    ] = 6,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw a picture into this .png or .html file")
+    ] = None,
+    measure: Annotated[
+        str | None, typer.Option(help="measure times on cpu or cuda:<index>; default: model them")
+    ] = None,
+    store: Annotated[Path, typer.Option(help="directory of the artifact store")] = Path("store"),
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", "-i", help="an input, such as x:float32[batch,3,224,224]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of a built-in model's random weights")] = 0,
+) -> None:
+    """Show where a model can be cut and what lies between, or what an artifact is."""
+    if plot is not None:
+        from blockflow.plot import check_picture
+
+        check_picture(plot)
+    place, manifest = None, None
+    if _DIGEST.fullmatch(model):
+        place = Store(store)
+        manifest = place.verify(place.find(model), weights=False)
+        _print_manifest(place, manifest)
+        if plot is None and blocks is None and measure is None:
+            return
+    with _progress(f"{model}: loading torch") as say:
+        from blockflow.cuts import Analysis
+        from blockflow.plot import draw, profile
+        from blockflow.split import balanced_places
+
+        if place is not None and manifest is not None:
+            from blockflow.weights import read_program
+
+            if manifest.format != "torch.export":
+                raise InvalidInput(f"{model} is TorchScript, into which BlockFlow does not look")
+            name = f"{manifest.origin.model} {manifest.origin.index + 1}/{manifest.origin.count}"
+            program = read_program(place, manifest)
+        else:
+            from blockflow.models import parse_input, resolve
+            from blockflow.share import read_source
+
+            source = resolve(model, [parse_input(each) for each in inputs or ()], seed=seed)
+            name = source.name
+            say(f"{name}: exporting")
+            program = read_source(source)
+        say(f"{name}: looking for cut points")
+        analysis = Analysis(program, measure)
+        chosen = balanced_places(analysis, blocks, name) if blocks else []
+        shown = profile(analysis, name, tensors=tensors, chosen=chosen, measured=measure)
+        if plot is not None:
+            say(f"{name}: drawing {plot}")
+            draw(shown, plot)
+    if manifest is None or blocks is not None:
+        _print_profile(shown)
+    if plot is not None:
+        typer.echo(f"the picture is in {plot}")
+
+
+def _print_profile(shown: Profile) -> None:
+    """A line for each cut point, with what lies before it; those that are made are marked."""
+    console = Console()
+    totals = {label: values for label, _, values in shown.cumulative()}
+    weights = list(accumulate(shown.parameter_bytes, initial=0))
+    flops = list(accumulate(shown.flops, initial=0))
+    crossing = {cut.place: cut for cut in shown.cuts}
+    block = 1
+    rows = []
+    for place in [*crossing, len(shown.seconds)]:
+        made = place in shown.chosen
+        cut = crossing.get(place)
+        rows.append(
+            (
+                f"✂ block {block}" if made else "",
+                shown.operators[place - 1] if cut else "the end",
+                f"{weights[place] / 1e6:.2f}",
+                f"{flops[place] / 1e6:.1f}",
+                f"{totals['time'][place]:.1f}",
+                f"{cut.row_bytes / 1e3:.1f}" if cut else "",
+                str(cut.tensors) if cut else "",
+            )
+        )
+        block += made
+    columns = ("~behind", ">MB", ">MFLOP/row", ">time %", ">kB/row", ">tensors")
+    typer.echo(f"{shown.name}: {shown.summary()}")
+    if shown.chosen:
+        print_table(console, ("cut", *columns), rows)
+    else:
+        print_table(console, columns, (row[1:] for row in rows))
+    for index, (first, end, share) in enumerate(shown.blocks(), 1):
+        if shown.chosen:
+            typer.echo(
+                f"block {index}: {share:.1%} of the {shown.time_label}, "
+                f"{size(weights[end] - weights[first])}, "
+                f"{(flops[end] - flops[first]) / 1e6:.1f} MFLOP/row"
+            )
+
+
+def _print_manifest(place: Store, manifest: Manifest) -> None:
+    console = Console()
+    origin = manifest.origin
+    weights = place.weights(manifest)
+    stored = sum({each.sha256: each.bytes for each in weights.values()}.values())
+    lines = [
+        ("artifact", manifest.digest),
+        ("format", manifest.format),
+        ("cut from", f"{origin.model}, block {origin.index + 1} of {origin.count}"),
+        ("operators", f"{origin.first} to {origin.last}"),
+        ("parameters", size(manifest.parameter_bytes)),
+        ("arithmetic", f"{manifest.flops / 1e6:.1f} MFLOP/row" if manifest.flops else "unknown"),
+        ("weights", f"{len(weights)} in tensor files of {size(stored)}" if weights else "inside"),
+        ("writes inputs", "yes, to copies" if manifest.mutates_inputs else "no"),
+        ("files", ", ".join(f"{name} {size(f.bytes)}" for name, f in manifest.files.items())),
+    ]
+    for label, value in lines:
+        typer.echo(f"{label:15}{value}")
+    print_table(
+        console,
+        ("", "~port", "dtype", "~shape"),
+        (
+            (kind, port.name, port.dtype, "×".join(map(str, port.shape)))
+            for kind, ports in (("input", manifest.inputs), ("output", manifest.outputs))
+            for port in ports
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _progress(first: str) -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is being done, where that is a terminal; nobody knows how long it takes.
+
+    The context gives the function to say it with.
+    """
+    errors = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(
+        *columns, console=errors, transient=True, disable=not errors.is_terminal
+    ) as progress:
+        task = progress.add_task(escape(first), total=None)
+        yield lambda step: progress.update(task, description=escape(step))
+
+
+def _check_names(pipeline: str, device: str) -> None:
+    parse(
+        {
+            "blocks": {"block": {"artifact": f"sha256-{0:064}", "device": device}},
+            "pipelines": {pipeline: {"blocks": ["block"]}},
+        }
+    )
+
+
+def _print_split(result: SplitResult, topology: Topology, output: Path) -> None:
+    console = Console()
+    seconds = sum(block.seconds for block in result.blocks)
+    print_table(
+        console,
+        ("~block", ">MB", ">MFLOP/row", ">cost", "artifact", ""),
+        (
+            (
+                block.name,
+                f"{block.manifest.parameter_bytes / 1e6:.1f}",
+                f"{block.manifest.flops / 1e6:.1f}" if block.manifest.flops else "-",
+                f"{block.seconds / seconds:.0%}" if seconds else "-",
+                short_digest(block.digest),
+                "stored before" if block.shared else "",
+            )
+            for block in result.blocks
+        ),
+    )
+    (pipeline,) = topology.pipelines
+    console.print()
+    typer.echo(f"pipeline {pipeline} is in {output}; next: blockflow serve --topology {output}")
+
+
+def _print_family(family: Family, output: Path) -> None:
+    """The tree of blocks, from what most models share to what each has for itself."""
+    console = Console()
+    tree = Tree(Text("input"), guide_style="dim")
+    branches: dict[tuple[str, ...], Tree] = {(): tree}
+    leaves: dict[tuple[str, ...], list[str]] = {}
+    for model in family.models:
+        leaves.setdefault(model.blocks, []).append(model.name)
+    for model in family.models:
+        for depth, name in enumerate(model.blocks, 1):
+            path = model.blocks[:depth]
+            if path in branches:
+                continue
+            block = family.blocks[name]
+            label = Text(name, style="bold" if len(block.models) > 1 else "")
+            flops = block.manifest.flops
+            label.append(f"  {size(block.manifest.parameter_bytes)}", style="cyan")
+            label.append(f"  {flops / 1e6:.1f} MFLOP/row" if flops else "", style="cyan")
+            label.append(f"  {short_digest(block.digest)}", style="dim")
+            ends = leaves.get(path, [])
+            if len(block.models) > 1:
+                label.append(f"  shared by {_listed(block.models)}")
+            if ends and ends != [name]:
+                label.append(f"  → {_listed(ends)}", style="green")
+            branches[path] = branches[path[:-1]].add(label)
+    console.print()
+    console.print(tree, highlight=False)
+    apart, together = family.parameter_bytes_apart, family.parameter_bytes
+    if apart == together and len(family.models) > 1:
+        console.print()
+        typer.echo("the models have nothing in common: no operator of one is one of another")
+    saved = 1 - together / apart if apart else 0.0
+    print_table(
+        console,
+        ("", ">apart", ">shared", ">saved"),
+        [
+            ("weights", size(apart), size(together), f"{saved:.1%}"),
+            (
+                "one row through all models",
+                f"{family.flops_apart / 1e6:.1f} MFLOP",
+                f"{family.flops / 1e6:.1f} MFLOP",
+                f"{1 - family.flops / family.flops_apart:.1%}" if family.flops_apart else "-",
+            ),
+        ],
+    )
+    console.print()
+    count = len(family.models)
+    typer.echo(
+        f"{count} pipeline{'' if count == 1 else 's'} through {len(family.blocks)} blocks "
+        f"{'is' if count == 1 else 'are'} in {output}; next: blockflow serve --topology {output}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) <= 4:
+        return ", ".join(names)
+    return f"{len(names)} models ({names[0]} … {names[-1]})"
