@@ -59,9 +59,9 @@ class FakeDispatcher:
     def models(self) -> Mapping[str, ModelStatus]:
         return self._models
 
-    async def infer(self, model: str, request: InferRequest) -> InferResult:
-        if model not in self._compute:
-            raise NotFound(f"no model {model}")
+    async def infer(self, model: ModelMetadata, request: InferRequest) -> InferResult:
+        if model.name not in self._compute:
+            raise NotFound(f"no model {model.name}")
         self.seen.append(request)
         self.started.set()
         try:
@@ -75,7 +75,7 @@ class FakeDispatcher:
         arrays = {tensor.name: tensor.numpy() for tensor in request.inputs}
         outputs = [
             TensorValue.from_numpy(name, array)
-            for name, array in self._compute[model](**arrays).items()
+            for name, array in self._compute[model.name](**arrays).items()
         ]
         return InferResult(outputs, [("trunk", 1.25), ("head v1", 0.5)])
 

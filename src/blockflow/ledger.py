@@ -23,7 +23,7 @@ def ledger_path(endpoint: str) -> Path:
 
 
 class Ledger:
-    """Written by the one thread that computes; `begin` and `end` bracket every computation."""
+    """Written by the one thread that computes, whenever what it computes changes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,14 +34,12 @@ class Ledger:
         finally:
             os.close(fd)
 
-    def begin(self, requests: Sequence[int]) -> None:
+    def write(self, requests: Sequence[int]) -> None:
+        """From now on, exactly these requests are being computed."""
         ids = requests[:_MOST]
         # The count last: a reader never sees ids that were not written yet.
         struct.pack_into(f"<{len(ids)}Q", self._page, 8, *ids)
         struct.pack_into("<Q", self._page, 0, len(ids))
-
-    def end(self) -> None:
-        struct.pack_into("<Q", self._page, 0, 0)
 
     def close(self) -> None:
         self._page.close()

@@ -26,11 +26,15 @@ Incarnation = NewType("Incarnation", int)
 
 
 class Step(msgspec.Struct, frozen=True):
-    """A block on a route. `wiring` maps its inputs to the outputs of the step before."""
+    """A block on a route. `wiring` maps its inputs to the outputs of the step before.
+
+    `max_batch` is the most rows that one message to it may carry.
+    """
 
     block: BlockName
     endpoint: str
     wiring: dict[str, str]
+    max_batch: int
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -151,13 +155,27 @@ class ChannelReport(msgspec.Struct, frozen=True):
     host_bytes: int
 
 
+class Histogram(msgspec.Struct, frozen=True):
+    """`counts[i]` values were at most `bounds[i]` and above the bound before; one more count
+    is for what is above every bound."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
+
+
 class BlockReport(msgspec.Struct, frozen=True):
-    """`compute_ms` is the sum over `batches`; on a GPU as the device's own events measured it."""
+    """`compute_ms` is the sum over `batches`; on a GPU as the device's own events measured it.
+
+    `batch_sizes` counts requests per batch, `queued` the requests that wait now.
+    """
 
     block: BlockName
     requests: dict[PipelineName, int]
     failures: int
+    queued: int
     batches: int
+    batch_sizes: Histogram
     compute_ms: float
     channels: tuple[ChannelReport, ...]
 
@@ -167,8 +185,11 @@ class WorkerReport(msgspec.Struct, frozen=True, tag="worker"):
 
 
 class PipelineCount(msgspec.Struct, frozen=True):
+    """`errors` by the name of the error's class; `latency` in seconds, of answered requests."""
+
     requests: int
-    errors: int
+    errors: dict[str, int]
+    latency: Histogram
 
 
 class GatewayReport(msgspec.Struct, frozen=True, tag="gateway"):
@@ -196,9 +217,12 @@ class Hop(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True):
-    """`error` and the HTTP `status` it maps to, when the request failed at a block."""
+    """`hops` of each request of the message, in their order; empty for those that begin.
 
-    hops: tuple[Hop, ...] = ()
+    `error` and the HTTP `status` it maps to, when the requests failed at a block.
+    """
+
+    hops: tuple[tuple[Hop, ...], ...] = ()
     error: str | None = None
     status: int = 500
 

@@ -1,7 +1,10 @@
-"""The block runtime: a thread for each block that receives, computes and sends.
+"""The block runtime: a thread for each block that receives, batches, computes and sends.
 
 The thread owns the block's sockets and, on a GPU, its stream. It waits for nothing on the GPU: what
 it launches is ordered there, by the stream and by TensorMQ's events.
+
+Requests of different pipelines that wait at a block are computed together and go their own ways
+afterwards.
 """
 
 from __future__ import annotations
@@ -11,13 +14,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from torch import Tensor
 
+from blockflow.artifact import BATCH
+from blockflow.batching import Limits, Waiting, decide
+from blockflow.counting import BATCH_SIZES, Buckets
 from blockflow.errors import BlockFailed, BlockFlowError, DeadlineExceeded, Unavailable
 from blockflow.ledger import Ledger, ledger_path
 from blockflow.program import Program
@@ -33,38 +40,74 @@ from blockflow.protocol import (
 )
 from blockflow.reconcile import BlockSpec
 from blockflow.topology import BlockName, PipelineName
-from tensormq import Loop, Message, Peer, PeerLost, Pull, Push, Request, TensorMQError, slot_size
+from tensormq import (
+    Carrier,
+    Loop,
+    Message,
+    Peer,
+    PeerLost,
+    Pull,
+    Push,
+    Request,
+    TensorMQError,
+    slot_size,
+)
 from tensormq import Timeout as NoSlot
 
 log = logging.getLogger(__name__)
 
+_RESOLVE_SECONDS = 0.1
+_LONGEST_ERROR = 2000
+"""Characters of a model's error that clients get to see."""
+
 
 @dataclass
-class _Work:
-    """Tensors that wait for a block, named as the step before named them."""
+class _Arrival:
+    """Tensors that came together, with the rows of one or more requests.
 
-    route: RouteId
-    requests: tuple[Request, ...]
+    `release` is called when the last of the requests needs them no more. `ready` is recorded on the
+    stream of another block of this process that computed them.
+    """
+
     tensors: Mapping[str, Tensor]
-    hops: tuple[Hop, ...]
-    done: Callable[[], None]
+    release: Callable[[], None]
+    requests: int
     ready: torch.cuda.Event | None = None
-    received: float = field(default_factory=time.monotonic)
+    time: float = field(default_factory=time.monotonic)
 
-    @property
-    def deadline(self) -> float | None:
-        """Seconds of CLOCK_MONOTONIC after which no request in it matters any more."""
-        deadlines = [request.deadline for request in self.requests]
-        return None if not deadlines or 0 in deadlines else max(deadlines)
+    def __post_init__(self) -> None:
+        self.total = self.requests
+
+    def drop(self) -> None:
+        """One of its requests is done with."""
+        self.requests -= 1
+        if not self.requests:
+            self.release()
+
+
+@dataclass
+class _Item:
+    """One request in the queue: its rows are `arrival.tensors[...][rows]`."""
+
+    request: Request
+    route: RouteId
+    way: _Way
+    hops: tuple[Hop, ...]
+    arrival: _Arrival
+    rows: slice
 
 
 @dataclass(frozen=True)
 class _Way:
-    """What a block knows of a route: where its inputs come from, where its outputs go."""
+    """What a block knows of a route: where its inputs come from, where its outputs go.
+
+    `rows` is the most that one message to `following` may carry.
+    """
 
     pipeline: PipelineName
     wiring: Mapping[str, str]
     following: Peer | Block
+    rows: int
     results: Peer
 
 
@@ -73,6 +116,7 @@ class _Counts:
     requests: dict[PipelineName, int] = field(default_factory=dict)
     failures: int = 0
     batches: int = 0
+    sizes: Buckets = field(default_factory=lambda: Buckets(BATCH_SIZES))
     compute_ms: float = 0.0
 
 
@@ -81,7 +125,8 @@ class Block:
 
     endpoint: where its inputs arrive. neighbours: the blocks of this worker by endpoint, to which
     tensors are handed in the process. on_fatal: called with the reason when the device's context is
-    lost, after which nothing in this process can compute.
+    lost, after which nothing in this process can compute. slots: messages that may be under way to
+    the blocks that follow.
     """
 
     def __init__(
@@ -101,15 +146,21 @@ class Block:
         self._slots = slots
         self._device = torch.device(spec.device)
         self._gpu = self._device.type == "cuda"
+        ports = program.manifest.inputs + program.manifest.outputs
+        self._limits = Limits(
+            max_rows=spec.max_batch,
+            alone=any(not port.shape or port.shape[0] != BATCH for port in ports),
+        )
         self._loop = Loop()
-        self._queue: deque[_Work] = deque()
+        self._queue: deque[_Item] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
         self._ways: dict[RouteId, _Way] = {}
-        self._peers: dict[str, Peer] = {}
+        self._peers: dict[tuple[str, bool], Peer] = {}
         self._local_counts: dict[BlockName, list[int]] = {}
         self._counts = _Counts()
-        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._ledger: Ledger | None = None
+        # Launched and not known to be done: begin, end, the requests in it. Empty on a CPU.
+        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[int]]] = deque()
+        self._busy_until = float("-inf")
         self._stopping = False
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"block {spec.name}")
@@ -131,9 +182,15 @@ class Block:
         ids = tuple(routes)
         return self._perform(lambda: self._retire(ids))
 
-    def submit(self, work: _Work) -> None:
-        """Take work from a block of the same process."""
-        self._loop.call_soon(lambda: self._queue.append(work))
+    def submit(
+        self,
+        route: RouteId,
+        requests: Sequence[Request],
+        hops: Sequence[tuple[Hop, ...]],
+        arrival: _Arrival,
+    ) -> None:
+        """Take requests from a block of the same process."""
+        self._loop.call_soon(lambda: self._enqueue(route, requests, hops, arrival))
 
     def stop(self) -> None:
         """Let the thread finish what is queued and end; wait for it with `join`."""
@@ -144,6 +201,7 @@ class Block:
         self._loop.call_soon(end)
 
     def join(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for the thread's end; False when it goes on."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -162,7 +220,9 @@ class Block:
             block=self.spec.name,
             requests=dict(counts.requests),
             failures=counts.failures,
+            queued=len(self._queue),
             batches=counts.batches,
+            batch_sizes=counts.sizes.snapshot(),
             compute_ms=counts.compute_ms,
             channels=tuple(channels),
         )
@@ -183,7 +243,7 @@ class Block:
         self._loop.call_soon(lambda: self._jobs.append(run))
         return future
 
-    # The thread
+    # The thread: life
 
     def _run(self) -> None:
         try:
@@ -217,9 +277,8 @@ class Block:
             outputs = self._program(inputs)
             for port in manifest.outputs:
                 found = outputs[port.name]
-                if tuple(found.shape) != port.sized(rows) or found.dtype != getattr(
-                    torch, port.dtype
-                ):
+                dtype = getattr(torch, port.dtype)
+                if tuple(found.shape) != port.sized(rows) or found.dtype != dtype:
                     raise BlockFailed(
                         f"block {self.spec.name} gives {port.name} as {found.dtype} "
                         f"{list(found.shape)}; its manifest says {port.dtype} {list(port.shape)}"
@@ -238,7 +297,7 @@ class Block:
             slots=self._slots, slot_bytes=slot_size(largest), device=device, loop=self._loop
         )
         self._ledger = Ledger(ledger_path(self.endpoint))
-        self._push.on_lost = lambda peer: log.warning("lost %s: %s", peer.endpoint, peer.lost)
+        self._push.on_lost = lambda peer: log.info("lost %s: %s", peer.endpoint, peer.lost)
 
     def _close(self) -> None:
         if self._gpu:
@@ -246,106 +305,210 @@ class Block:
         self._pull.close()
         self._push.close()
         self._loop.close()
-        if self._ledger is not None:
-            self._ledger.close()
+        self._ledger.close()
+
+    # The thread: taking, computing, handing on
 
     def _serve(self) -> None:
         while True:
             while self._jobs:
                 self._jobs.popleft()()
-            message = self._pull.poll()
-            if message is not None:
-                self._compute(self._work_of(message))
-            elif self._queue:
-                self._compute(self._queue.popleft())
+            while (message := self._pull.poll()) is not None:
+                self._take(message)
+            if self._queue:
+                wait: float | None = self._step()
             elif self._stopping:
                 return
             else:
-                self._loop.run_once()
+                wait = _RESOLVE_SECONDS if self._timed else None
+            self._loop.run_once(wait)
             self._resolve_times()
 
-    def _work_of(self, message: Message) -> _Work:
-        note = decode_note(message.note)
-        route = RouteId(message.route)
-        return _Work(route, message.requests, message.tensors, note.hops, message.release)
-
-    def _compute(self, work: _Work) -> None:
-        way = self._ways.get(work.route)
-        if way is None:
-            log.error("block %s has no route %s any more", self.spec.name, work.route)
-            work.done()
-            return
-        counts = self._counts
-        count = len(work.requests)
-        counts.requests[way.pipeline] = counts.requests.get(way.pipeline, 0) + count
-        if self._ledger is not None:
-            self._ledger.begin([request.id for request in work.requests])
+    def _take(self, message: Message) -> None:
         try:
-            self._forward(work, way)
-        except Exception as error:  # whatever a model raises fails its own request
-            counts.failures += count
-            self._fail(work, way, error)
-            if isinstance(error, torch.AcceleratorError):
-                # The context is lost: every later call on this device would fail as well.
-                raise
-        finally:
-            if self._ledger is not None:
-                self._ledger.end()
-            work.done()
+            hops = decode_note(message.note).hops or ((),) * len(message.requests)
+        except msgspec.MsgspecError as error:
+            log.warning("block %s received an unreadable note: %s", self.spec.name, error)
+            message.release()
+            return
+        arrival = _Arrival(message.tensors, message.release, len(message.requests))
+        self._enqueue(RouteId(message.route), message.requests, hops, arrival)
 
-    def _forward(self, work: _Work, way: _Way) -> None:
+    def _enqueue(
+        self,
+        route: RouteId,
+        requests: Sequence[Request],
+        hops: Sequence[tuple[Hop, ...]],
+        arrival: _Arrival,
+    ) -> None:
+        way = self._ways.get(route)
+        if way is None:
+            log.error("block %s has no route %s any more", self.spec.name, route)
+            for _ in requests:
+                arrival.drop()
+            return
+        start = 0
+        for request, past in zip(requests, hops, strict=True):
+            rows = slice(start, start + request.rows)
+            self._queue.append(_Item(request, route, way, past, arrival, rows))
+            start += request.rows
+
+    def _step(self) -> float:
+        """Compute what should be computed now; gives the seconds to wait for more before asking."""
+        now = time.monotonic()
+        waiting = [
+            Waiting(item.request.rows, item.arrival.time, item.request.deadline)
+            for item in self._queue
+        ]
+        decision = decide(waiting, self._limits, now, self._busy_until)
+        taken = set(decision.expired) | set(decision.batch)
+        if taken:
+            items = list(self._queue)
+            self._queue = deque(item for i, item in enumerate(items) if i not in taken)
+            for index in decision.expired:
+                late = DeadlineExceeded(
+                    f"the deadline passed before block {self.spec.name} could begin"
+                )
+                self._fail([items[index]], late)
+                items[index].arrival.drop()
+            if decision.batch:
+                self._compute([items[index] for index in decision.batch])
+                self._busy_until = time.monotonic()
+        return 0.0 if decision.wake is None else max(0.0, decision.wake - now)
+
+    def _compute(self, batch: list[_Item]) -> None:
+        # Requests of one route side by side, so that they can be handed on together.
+        batch.sort(key=lambda item: item.route)
+        counts = self._counts
+        for item in batch:
+            pipeline = item.way.pipeline
+            counts.requests[pipeline] = counts.requests.get(pipeline, 0) + 1
+        self._write_ledger([item.request.id for item in batch])
+        try:
+            self._forward(batch)
+        except torch.AcceleratorError as error:
+            # The context is lost: every later call on this device would fail as well.
+            self._fail(batch, error)
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a model raises fails its own requests
+            if len(batch) == 1:
+                self._fail(batch, error)
+            else:
+                log.info("block %s: a batch failed (%s); one by one", self.spec.name, error)
+                self._compute_one_by_one(batch)
+        finally:
+            self._write_ledger([])
+            for item in batch:
+                item.arrival.drop()
+
+    def _compute_one_by_one(self, batch: Sequence[_Item]) -> None:
+        """Find out which requests of a batch are at fault; the others get their answer."""
+        for item in batch:
+            try:
+                self._forward([item])
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as in `_compute`
+                self._fail([item], error)
+
+    def _forward(self, batch: Sequence[_Item]) -> None:
         started = time.monotonic()
-        if work.deadline is not None and started > work.deadline:
-            raise DeadlineExceeded(f"the deadline passed before block {self.spec.name} began")
-        stream = torch.cuda.current_stream(self._device) if self._gpu else None
-        if work.ready is not None and stream is not None:
-            work.ready.wait(stream)
-            for tensor in work.tensors.values():
-                tensor.record_stream(stream)  # the allocator of another stream may not reuse it yet
-        inputs = {
-            mine: work.tensors[theirs].to(self._device, non_blocking=True)
-            for mine, theirs in way.wiring.items()
-        }
+        inputs = self._gather(batch)
         began = self._event(timing=True)
         outputs = self._program(inputs)
         ended = self._event(timing=True)
         finished = time.monotonic()
         self._counts.batches += 1
+        self._counts.sizes.add(len(batch))
         if began is not None and ended is not None:
-            self._timed.append((began, ended))
+            self._timed.append((began, ended, [item.request.id for item in batch]))
         else:
             self._counts.compute_ms += (finished - started) * 1e3
-        hop = Hop(self.spec.name, (started - work.received) * 1e3, (finished - started) * 1e3)
-        hops = (*work.hops, hop)
+        hops = [
+            (
+                *item.hops,
+                Hop(
+                    self.spec.name,
+                    (started - item.arrival.time) * 1e3,
+                    (finished - started) * 1e3,
+                ),
+            )
+            for item in batch
+        ]
+        # Outputs of a block that is a mere view lie in memory that is lent to it.
+        lent = {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
+        for first, last, start, rows in _messages(batch):
+            alone = last - first == len(batch)
+            mine = {
+                # A batch of one request may have outputs without a dimension to cut.
+                name: tensor if alone else tensor[start : start + rows]
+                for name, tensor in outputs.items()
+            }
+            self._hand_on(batch[first:last], hops[first:last], mine, lent)
+
+    def _gather(self, batch: Sequence[_Item]) -> dict[str, Tensor]:
+        """The batch's inputs by port: as they arrived if they arrived together, else joined."""
+        stream = torch.cuda.current_stream(self._device) if self._gpu else None
+        arrivals = {id(item.arrival): item.arrival for item in batch}
+        for arrival in arrivals.values():
+            if arrival.ready is not None and stream is not None:
+                arrival.ready.wait(stream)
+                for tensor in arrival.tensors.values():
+                    # Its own stream's allocator may not reuse it while this stream reads it.
+                    tensor.record_stream(stream)
+        wiring = batch[0].way.wiring
+        first = batch[0].arrival
+        if len(arrivals) == 1 and len(batch) == first.total:
+            return {mine: self._here(first.tensors[theirs]) for mine, theirs in wiring.items()}
+        parts = {
+            mine: [
+                self._here(item.arrival.tensors[item.way.wiring[mine]][item.rows]) for item in batch
+            ]
+            for mine in wiring
+        }
+        return {m: torch.cat(rows) if len(rows) > 1 else rows[0] for m, rows in parts.items()}
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+    def _hand_on(
+        self,
+        items: Sequence[_Item],
+        hops: Sequence[tuple[Hop, ...]],
+        outputs: Mapping[str, Tensor],
+        lent: set[int],
+    ) -> None:
+        """Send the outputs of `items`, which share a route, to where that route leads."""
+        way, route = items[0].way, items[0].route
+        requests = tuple(item.request for item in items)
         if isinstance(way.following, Block):
-            self._hand_over(work, way.following, outputs, hops)
-        else:
-            left = None if work.deadline is None else max(0.0, work.deadline - finished)
+            kept = {
+                name: tensor.clone() if tensor.untyped_storage().data_ptr() in lent else tensor
+                for name, tensor in outputs.items()
+            }
+            count = self._local_counts.setdefault(way.following.spec.name, [0, 0])
+            count[0] += 1
+            count[1] += sum(tensor.nbytes for tensor in kept.values())
+            arrival = _Arrival(kept, _nothing, len(items), ready=self._event(timing=False))
+            way.following.submit(route, requests, hops, arrival)
+            return
+        deadlines = [request.deadline for request in requests]
+        left = None if 0 in deadlines else max(0.0, max(deadlines) - time.monotonic())
+        try:
             self._push.send(
                 outputs,
                 to=way.following,
-                requests=work.requests,
-                route=work.route,
-                note=encode(Note(hops)),
+                requests=requests,
+                route=route,
+                note=encode(Note(tuple(hops))),
                 timeout=left,
             )
+        except (PeerLost, NoSlot) as error:
+            self._fail(items, error)
 
-    def _hand_over(
-        self, work: _Work, to: Block, outputs: dict[str, Tensor], hops: tuple[Hop, ...]
-    ) -> None:
-        """Give tensors to a block of this process: no copy, unless they live in a lent slot."""
-        lent = {t.untyped_storage().data_ptr() for t in work.tensors.values()}
-        kept = {
-            name: tensor.clone() if tensor.untyped_storage().data_ptr() in lent else tensor
-            for name, tensor in outputs.items()
-        }
-        count = self._local_counts.setdefault(to.spec.name, [0, 0])
-        count[0] += 1
-        count[1] += sum(tensor.nbytes for tensor in kept.values())
-        to.submit(_Work(work.route, work.requests, kept, hops, _nothing, self._event(timing=False)))
-
-    def _fail(self, work: _Work, way: _Way, error: Exception) -> None:
-        """Tell the requests' gateway what happened; the block goes on with the next."""
+    def _fail(self, items: Sequence[_Item], error: Exception) -> None:
+        """Tell the requests' gateways what happened; the block goes on with the next."""
+        self._counts.failures += len(items)
         match error:
             case BlockFlowError():
                 known: BlockFlowError = error
@@ -356,15 +519,19 @@ class Block:
             case PeerLost():
                 known = Unavailable(f"the block after {self.spec.name} is gone: {error}")
             case _:
+                text = str(error)[:_LONGEST_ERROR]
                 known = BlockFailed(
-                    f"block {self.spec.name} failed: {type(error).__name__}: {error}"
+                    f"block {self.spec.name} failed: {type(error).__name__}: {text}"
                 )
-                log.exception("block %s failed", self.spec.name, exc_info=error)
-        note = encode(Note(work.hops, str(known), known.status))
-        try:
-            self._push.send({}, to=way.results, requests=work.requests, route=work.route, note=note)
-        except PeerLost:
-            log.warning("nobody is left to be told: %s", known)
+                log.error("block %s failed", self.spec.name, exc_info=error)
+        note = encode(Note(error=str(known), status=known.status))
+        for item in items:
+            try:
+                self._push.send(
+                    {}, to=item.way.results, requests=(item.request,), route=item.route, note=note
+                )
+            except PeerLost:
+                log.warning("nobody is left to be told: %s", known)
 
     def _event(self, *, timing: bool) -> torch.cuda.Event | None:
         if not self._gpu:
@@ -375,27 +542,46 @@ class Block:
 
     def _resolve_times(self) -> None:
         """Add up device times that are known by now; waits for none."""
+        known = False
         while self._timed and self._timed[0][1].query():
-            began, ended = self._timed.popleft()
+            began, ended, _ = self._timed.popleft()
             self._counts.compute_ms += began.elapsed_time(ended)
+            known = True
+        if known:
+            self._write_ledger([])
+
+    def _write_ledger(self, beginning: Iterable[int]) -> None:
+        """Say what is being computed: what begins now, and what a GPU has not finished."""
+        launched = (number for _, _, numbers in self._timed for number in numbers)
+        self._ledger.write([*launched, *beginning])
+
+    # The thread: routes
 
     def _connect(self, routes: Iterable[Route]) -> None:
         for route in routes:
             names = [step.block for step in route.steps]
             here = names.index(self.spec.name)
-            results = self._peer(route.results)
+            last = here + 1 == len(route.steps)
+            results = self._peer(route.results, tensors=last)
             following: Peer | Block = results
-            if here + 1 < len(route.steps):
-                endpoint = route.steps[here + 1].endpoint
-                following = self._neighbours.get(endpoint) or self._peer(endpoint)
+            rows = self.spec.max_batch
+            if not last:
+                step = route.steps[here + 1]
+                following = self._neighbours.get(step.endpoint) or self._peer(
+                    step.endpoint, tensors=True
+                )
+                rows = min(rows, step.max_batch)
             self._ways[route.id] = _Way(
-                route.pipeline, route.steps[here].wiring, following, results
+                route.pipeline, route.steps[here].wiring, following, rows, results
             )
 
-    def _peer(self, endpoint: str) -> Peer:
-        peer = self._peers.get(endpoint)
+    def _peer(self, endpoint: str, *, tensors: bool) -> Peer:
+        """A channel to `endpoint`; one that only tells of failures takes no shared memory."""
+        key = endpoint, tensors
+        peer = self._peers.get(key)
         if peer is None or peer.lost is not None:
-            peer = self._peers[endpoint] = self._push.connect(endpoint)
+            carriers = None if tensors else [Carrier.INLINE]
+            peer = self._peers[key] = self._push.connect(endpoint, carriers=carriers)
         return peer
 
     def _retire(self, routes: Iterable[RouteId]) -> None:
@@ -403,10 +589,26 @@ class Block:
             self._ways.pop(route, None)
         needed = {id(way.following) for way in self._ways.values()}
         needed |= {id(way.results) for way in self._ways.values()}
-        for endpoint, peer in tuple(self._peers.items()):
+        for key, peer in tuple(self._peers.items()):
             if id(peer) not in needed:
-                del self._peers[endpoint]
+                del self._peers[key]
                 self._push.disconnect(peer)
+
+
+def _messages(batch: Sequence[_Item]) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a batch, sorted by route, into what can travel together.
+
+    Gives (first item, item after the last, first row, rows): one route each, and no more rows than
+    the block that follows takes in one message.
+    """
+    first = start = rows = 0
+    for index, item in enumerate(batch):
+        mine = item.request.rows
+        if index > first and (item.route != batch[first].route or rows + mine > item.way.rows):
+            yield first, index, start, rows
+            first, start, rows = index, start + rows, 0
+        rows += mine
+    yield first, len(batch), start, rows
 
 
 def _nothing() -> None:

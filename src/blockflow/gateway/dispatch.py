@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from blockflow import oip
+from blockflow.counting import LATENCY_SECONDS, Buckets
 from blockflow.errors import (
     BlockFailed,
     BlockFlowError,
@@ -76,6 +77,13 @@ class _Way:
 
 
 @dataclass
+class _Counts:
+    requests: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    latency: Buckets = field(default_factory=lambda: Buckets(LATENCY_SECONDS))
+
+
+@dataclass
 class _Pending:
     way: _Way
     answer: asyncio.Future[oip.InferResult]
@@ -103,8 +111,7 @@ class BlockDispatcher:
         self._ids = itertools.count((incarnation << 40) + 1)
         self._waiting = 0
         self._published = asyncio.Event()
-        self._requests: Counter[PipelineName] = Counter()
-        self._errors: Counter[PipelineName] = Counter()
+        self._counts: dict[PipelineName, _Counts] = defaultdict(_Counts)
         self._settled = asyncio.Event()
         self._tensors = _TensorThread(results, queue_depth, self._settle)
 
@@ -115,37 +122,49 @@ class BlockDispatcher:
             raise Unavailable("BlockFlow is starting: nothing is deployed yet")
         return self._models
 
-    async def infer(self, model: str, request: oip.InferRequest) -> oip.InferResult:
+    async def infer(self, model: oip.ModelMetadata, request: oip.InferRequest) -> oip.InferResult:
         """Compute the answer, on another route if one breaks down under the request.
 
         Inference is pure and the request's bytes stay here until it is answered, so it can be sent
         again: at most `_TRIES` times, and not when it may be what workers die of.
         """
-        status = self.models()[model]
-        name = PipelineName(model)
-        self._requests[name] += 1
+        counts = self._counts[PipelineName(model.name)]
+        counts.requests += 1
         seconds = min(request.timeout or self._timeout, self._timeout)
-        deadline = time.monotonic() + seconds
+        start = time.monotonic()
         try:
-            async with asyncio.timeout(seconds):
-                return await self._persist(model, request, deadline)
-        except TimeoutError:
-            self._errors[name] += 1
-            reason = "" if status.ready else f": {status.reason}"
-            raise DeadlineExceeded(
-                f"model {model!r} did not answer within {seconds:g} s{reason}"
-            ) from None
-        except BlockFlowError:
-            self._errors[name] += 1
+            try:
+                async with asyncio.timeout(seconds):
+                    result = await self._persist(model, request, start + seconds)
+            except TimeoutError:
+                status = self.models().get(model.name)
+                why = f": {status.reason}" if status is not None and status.reason else ""
+                raise DeadlineExceeded(
+                    f"model {model.name!r} did not answer within {seconds:g} s{why}"
+                ) from None
+        except BlockFlowError as error:
+            counts.errors[type(error).__name__] += 1
             raise
+        counts.latency.add(time.monotonic() - start)
+        return result
 
     async def _persist(
-        self, model: str, request: oip.InferRequest, deadline: float
+        self, model: oip.ModelMetadata, request: oip.InferRequest, deadline: float
     ) -> oip.InferResult:
         broken: RouteId | None = None
         deaths = 0
         for attempt in itertools.count(1):
-            way = await self._way(model, broken)
+            way = await self._way(model.name, broken)
+            route = way.route
+            if (route.inputs, route.outputs) != (
+                model.inputs,
+                model.outputs,
+            ) or request.rows > route.max_batch:
+                # What the tensors mean was decided by a generation that is no more.
+                raise Unavailable(
+                    f"model {model.name!r} was replaced by one with other tensors or limits while "
+                    "the request was on its way; send it again"
+                )
             try:
                 return await self._attempt(way, request, deadline)
             except _Stranded as stranded:
@@ -252,7 +271,8 @@ class BlockDispatcher:
 
     def counts(self) -> dict[PipelineName, PipelineCount]:
         return {
-            name: PipelineCount(count, self._errors[name]) for name, count in self._requests.items()
+            name: PipelineCount(c.requests, dict(c.errors), c.latency.snapshot())
+            for name, c in self._counts.items()
         }
 
     async def close(self) -> None:
@@ -405,12 +425,11 @@ class _TensorThread:
             for request in message.requests:
                 self._answer(request.id, failure)
             return
-        timings = [(hop.block, hop.compute_ms) for hop in note.hops]
         route = self._routes.get(RouteId(message.route))
         if route is None:
             return  # it was retired: nobody waits for this any more
         start = 0
-        for request in message.requests:
+        for request, hops in zip(message.requests, note.hops, strict=True):
             rows = slice(start, start + request.rows)
             start += request.rows
             outputs = []
@@ -420,6 +439,7 @@ class _TensorThread:
                 # Copied, for the slot goes back to the block now and a client may be slow.
                 data = memoryview(mine.tobytes())
                 outputs.append(oip.TensorValue(port.name, port.dtype, mine.shape, data))
+            timings = [(hop.block, hop.compute_ms) for hop in hops]
             self._answer(request.id, oip.InferResult(outputs, timings))
 
     def _answer(self, number: int, outcome: _Outcome) -> None:

@@ -8,6 +8,7 @@ Every answer is JSON, or JSON and binary tensors; every refusal is `{"error": ".
     400  the request does not fit the protocol or the model     408  the body came too slowly
     404  unknown path, model or version                         413  the body is too large
     405  wrong method                                           415  compressed body
+    422  workers died of the request
     429  too much is under way (Retry-After)                    500  a block failed, or a bug
     503  the model is not ready (Retry-After)                   504  the request's time ran out
 """
@@ -69,8 +70,8 @@ class Dispatcher(Protocol):
         """
         ...
 
-    async def infer(self, model: str, request: oip.InferRequest) -> oip.InferResult:
-        """Compute the answer.
+    async def infer(self, model: oip.ModelMetadata, request: oip.InferRequest) -> oip.InferResult:
+        """Compute the answer to a request that was read as one to `model` as it was then.
 
         Raises `BlockFlowError`s. Is cancelled when the client is gone or the request's time has
         run out, and must end soon after that. The bytes of the result must stay as they are until
@@ -185,12 +186,12 @@ class _Gateway:
         with self._held.lease() as lease:
             body = await _receive_body(request, self._limits, lease)
             parsed = oip.parse_request(body, header_length, status.metadata)
-            result = await self._infer_while_connected(request, status.metadata.name, parsed)
+            result = await self._infer_while_connected(request, status.metadata, parsed)
         encoded = oip.encode_response(status.metadata, parsed, result.outputs)
         return _Pieces(encoded, result.timings)
 
     async def _infer_while_connected(
-        self, request: Request, model: str, parsed: oip.InferRequest
+        self, request: Request, model: oip.ModelMetadata, parsed: oip.InferRequest
     ) -> oip.InferResult:
         """The dispatcher's answer; its work is cancelled when nobody will read it."""
         seconds = min(parsed.timeout or math.inf, self._limits.infer_seconds)
@@ -199,12 +200,12 @@ class _Gateway:
         try:
             await asyncio.wait((infer, gone), timeout=seconds, return_when="FIRST_COMPLETED")
             if infer.cancelled():
-                raise Unavailable(f"the gateway is giving up its work on model {model!r}")
+                raise Unavailable(f"the gateway is giving up its work on model {model.name!r}")
             if infer.done():
                 return infer.result()
             if gone.done():
                 raise ClientDisconnect
-            raise DeadlineExceeded(f"model {model!r} did not answer within {seconds:g} s")
+            raise DeadlineExceeded(f"model {model.name!r} did not answer within {seconds:g} s")
         finally:
             infer.cancel()
             gone.cancel()

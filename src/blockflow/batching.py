@@ -1,0 +1,70 @@
+"""Which waiting requests are computed together. Pure: a queue in, a decision out.
+
+Requests are taken in the order of their arrival, whichever pipeline they belong to. A block that
+has been idle starts at once with what is there; one that is busy may wait up to `max_delay` for
+more, because its next batch would only be smaller for starting sooner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A request in a block's queue; times in seconds of one clock, a deadline of 0 is none."""
+
+    rows: int
+    arrived: float
+    deadline: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_rows: rows of one batch. max_delay: seconds that a busy block may wait for more.
+
+    alone: compute every request by itself, for a block whose batch dimension is fixed.
+    """
+
+    max_rows: int
+    max_delay: float = 0.0
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Drop the requests at `expired`, compute those at `batch` together (indices of the queue).
+
+    With an empty `batch`, ask again when something arrives, at the latest at `wake`.
+    """
+
+    expired: tuple[int, ...]
+    batch: tuple[int, ...]
+    wake: float | None = None
+
+
+def decide(queue: Sequence[Waiting], limits: Limits, now: float, busy_until: float) -> Decision:
+    """What to do with `queue`; `busy_until` is when the block last ended a computation."""
+    expired = tuple(i for i, item in enumerate(queue) if 0 < item.deadline < now)
+    gone = set(expired)
+    batch: list[int] = []
+    rows = 0
+    full = False
+    for index, item in enumerate(queue):
+        if index in gone:
+            continue
+        if batch and (limits.alone or rows + item.rows > limits.max_rows):
+            full = True
+            break
+        batch.append(index)
+        rows += item.rows
+    if not batch:
+        return Decision(expired, ())
+    full = full or limits.alone or rows >= limits.max_rows
+    oldest = min(queue[index].arrived for index in batch)
+    start = oldest + limits.max_delay
+    idle = now - busy_until > limits.max_delay
+    if full or idle or now >= start:
+        return Decision(expired, tuple(batch))
+    return Decision(expired, (), wake=start)
