@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from blockflow.status import ApplyResult, BlockState, BlockStatus, ChannelStatus, PipelineStatus
-from blockflow.topology import Block, Generation, Pipeline, Topology
+from collections.abc import AsyncIterator
+
+from blockflow.edit import Change, Conflict, Terms, Verb
+from blockflow.errors import NotFound
+from blockflow.status import (
+    ApplyResult,
+    BlockState,
+    BlockStatus,
+    ChannelStatus,
+    Event,
+    EventKind,
+    GenerationRecord,
+    Outcome,
+    PipelineStatus,
+)
+from blockflow.topology import Block, BlockName, Generation, Pipeline, Topology
 
 DIGEST = "sha256-" + "a" * 64
 WANTED = Topology(
@@ -21,21 +35,71 @@ class FakeController:
         self.current = Topology()
         self.states: dict[str, tuple[BlockState, str | None]] = {}
         self.error: Exception | None = None
+        self.records: list[GenerationRecord] = []
+        self.terms = Terms()
+        self.happened: list[Event] = [
+            Event(number=1, at=1.5, kind=EventKind.WORKER_STARTED, subject="a"),
+            Event(number=2, at=2.5, kind=EventKind.WORKER_FAILED, subject="a", reason="signal 9"),
+        ]
 
-    async def apply(self, topology: Topology, dry_run: bool) -> ApplyResult:
+    async def update(self, change: Change, verb: Verb, terms: Terms) -> ApplyResult:
+        self.terms = terms
+        terms.check(Generation(self.generation))
+        topology = change(self.current)
         if self.error is not None:
             raise self.error
         before, after = set(self.current.blocks), set(topology.blocks)
-        if not dry_run:
+        if not terms.dry_run:
             self.generation += 1
             self.current = topology
+            record = GenerationRecord(
+                generation=self.generation,
+                verb=verb,
+                at=1000.0 + self.generation,
+                outcome=Outcome.APPLIED,
+                topology=topology,
+            )
+            self.records.insert(0, record)
         return ApplyResult(
             generation=self.generation,
-            dry_run=dry_run,
+            dry_run=terms.dry_run,
             keep=tuple(sorted(before & after)),
             start=tuple(sorted(after - before)),
             stop=tuple(sorted(before - after)),
+            actions=tuple(f"start worker {name}" for name in sorted(after - before)),
         )
+
+    async def rollback(self, to: Generation | None, terms: Terms) -> ApplyResult:
+        record = await self.generation_of(self.generation - 1 if to is None else to)
+        if record.outcome is Outcome.FAILED:
+            raise Conflict(f"generation {to} never served")
+        return await self.update(lambda _: record.topology, Verb.ROLLBACK, terms)
+
+    async def restart(self, block: BlockName, terms: Terms) -> ApplyResult:
+        terms.check(Generation(self.generation))
+        await self.logs(block, 1)
+        return ApplyResult(
+            generation=self.generation, dry_run=terms.dry_run, start=(block,), stop=(block,)
+        )
+
+    async def history(self, limit: int) -> list[GenerationRecord]:
+        return self.records[:limit]
+
+    async def generation_of(self, number: int) -> GenerationRecord:
+        for record in self.records:
+            if record.generation == number:
+                return record
+        raise NotFound(f"there is no generation {number}")
+
+    async def events(self, after: int) -> AsyncIterator[Event]:
+        for event in self.happened:
+            if event.number > after:
+                yield event
+
+    async def logs(self, block: BlockName, lines: int) -> list[str]:
+        if block not in self.current.blocks:
+            raise NotFound(f"there is no block {block}")
+        return [f"line {number}" for number in range(lines)]
 
     def topology(self) -> tuple[Generation, Topology]:
         return Generation(self.generation), self.current

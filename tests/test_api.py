@@ -65,6 +65,7 @@ def test_put_takes_yaml(http: Http, controller: FakeController, content_type: st
         "keep": [],
         "start": ["a", "b"],
         "stop": [],
+        "actions": ["start worker a", "start worker b"],
     }
     assert controller.current == WANTED
 
@@ -172,10 +173,13 @@ def test_blocks_and_pipelines_are_listed(http: Http, controller: FakeController)
         "pid": 42,
         "state": "ready",
         "reason": None,
+        "restarts": 0,
         "device_memory_bytes": None,
         "host_memory_bytes": None,
         "requests": 3,
         "requests_by_pipeline": {"p": 3},
+        "queued": 0,
+        "batch_sizes": None,
         "compute_ms_mean": 1.5,
         "channels": [
             {"peer": "b", "carrier": "shm", "messages": 3, "bytes": 3072, "host_bytes": 0}
@@ -262,8 +266,16 @@ def test_the_api_describes_itself(http: Http) -> None:
     described = http("GET", "/openapi.json").json()
     assert set(described["paths"]) == {
         "/v1/topology",
+        "/v1/topology/history",
+        "/v1/topology/history/{generation}",
+        "/v1/topology/rollback",
         "/v1/blocks",
+        "/v1/blocks/{name}",
+        "/v1/blocks/{name}/logs",
+        "/v1/blocks/{name}/restart",
         "/v1/pipelines",
+        "/v1/pipelines/{name}",
+        "/v1/events",
         "/v1/devices",
         "/healthz",
         "/readyz",

@@ -4,12 +4,13 @@ import logging
 import os
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 from blockflow import devices
-from blockflow.devices import list_devices, process_memory, survey, visible_entries
+from blockflow.devices import Device, list_devices, process_memory, survey, visible_entries
 
 GIB = 1 << 30
 
@@ -26,6 +27,10 @@ class NVMLError_DriverNotLoaded(NVMLError):  # noqa: N801 - pynvml's name
     pass
 
 
+class NVMLError_NotSupported(NVMLError):  # noqa: N801 - pynvml's name
+    pass
+
+
 @dataclass
 class FakeNvml:
     """pynvml's functions over a list of UUIDs; counts what is opened and closed."""
@@ -34,9 +39,12 @@ class FakeNvml:
     init_error: NVMLError | None = None
     broken: str | None = None
     processes: dict[str, dict[int, int | None]] = field(default_factory=dict)
+    sensor_error: NVMLError | None = None
     sessions: int = 0
 
     NVMLError = NVMLError
+    NVMLError_NotSupported = NVMLError_NotSupported
+    NVML_TEMPERATURE_GPU = 0
     NVMLError_LibraryNotFound = NVMLError_LibraryNotFound
     NVMLError_DriverNotLoaded = NVMLError_DriverNotLoaded
 
@@ -79,6 +87,24 @@ class FakeNvml:
             for pid, used in self.processes.get(handle, {}).items()
         ]
 
+    def _sense(self, value: Any) -> Any:
+        if self.sensor_error is not None:
+            raise self.sensor_error
+        return value
+
+    def nvmlDeviceGetUtilizationRates(self, _handle: str) -> SimpleNamespace:  # noqa: N802
+        return self._sense(SimpleNamespace(gpu=37, memory=12))  # type: ignore[no-any-return]
+
+    def nvmlDeviceGetPowerUsage(self, _handle: str) -> int:  # noqa: N802
+        return self._sense(123_456)  # type: ignore[no-any-return]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, _handle: str) -> int:  # noqa: N802
+        return self._sense(7_000_500)  # type: ignore[no-any-return]
+
+    def nvmlDeviceGetTemperature(self, _handle: str, sensor: int) -> int:  # noqa: N802
+        assert sensor == self.NVML_TEMPERATURE_GPU
+        return self._sense(54)  # type: ignore[no-any-return]
+
 
 @pytest.fixture(autouse=True)
 def _forget_what_was_logged() -> None:
@@ -102,6 +128,54 @@ def test_gpus_are_described() -> None:
     assert (gpu.uuid, gpu.model, gpu.driver) == ("GPU-bb", "Model of GPU-bb", "580.1")
     assert (gpu.memory_total, gpu.memory_available) == (80 * GIB, 60 * GIB)
     assert nvml.sessions == 0
+
+
+def sensors(device: Device) -> tuple[float | None, ...]:
+    return (
+        device.utilization,
+        device.power_watts,
+        device.energy_joules,
+        device.temperature_celsius,
+    )
+
+
+def test_sensors_are_read_in_plain_units() -> None:
+    cpu, gpu = survey(FakeNvml(["GPU-aa"]), {}).devices
+    assert sensors(gpu) == (0.37, 123.456, 7000.5, 54.0)
+    assert sensors(cpu) == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"), [(NVMLError_NotSupported(), 0), (NVMLError("Unknown error"), 1)]
+)
+def test_a_gpu_without_sensors_is_still_a_gpu(
+    error: NVMLError, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    nvml = FakeNvml(["GPU-aa"], sensor_error=error)
+    for _ in range(2):
+        found = survey(nvml, {})
+        assert found.problem is None
+        assert found.devices[1].memory_total == 80 * GIB
+        assert sensors(found.devices[1]) == (None,) * 4
+    assert len(caplog.records) == lines
+
+
+@pytest.mark.gpu
+def test_the_sensors_of_a_real_gpu() -> None:
+    """Every data centre GPU has them all; energy only grows."""
+    before, after = (
+        next(device for device in list_devices() if device.kind == "cuda") for _ in range(2)
+    )
+    utilization, power, energy, temperature = sensors(after)
+    assert utilization is not None
+    assert 0 <= utilization <= 1
+    assert power is not None
+    assert 5 < power < 2000
+    assert temperature is not None
+    assert 5 < temperature < 110
+    assert energy is not None
+    assert before.energy_joules is not None
+    assert energy >= before.energy_joules > 0
 
 
 @pytest.mark.parametrize("error", [NVMLError_LibraryNotFound(), NVMLError_DriverNotLoaded()])

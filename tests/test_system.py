@@ -377,6 +377,56 @@ def test_a_request_that_breaks_its_block_fails_alone(store: Store, directory: Pa
         assert server.block("table")["pid"] == pid
 
 
+def test_requests_of_different_pipelines_are_computed_together(
+    store: Store, directory: Path
+) -> None:
+    """And one that breaks the batch fails alone."""
+    trunk = store_model(store, Slow(), 1)[0]
+    table = store_model(store, Fragile(), 1, Port("x", "int64", ("batch", 1)))[0]
+    wanted = topology(
+        store.root, {"a": {"slow": trunk}, "b": {"slow": trunk}, "f": {"table": table}}
+    )
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        outcomes: dict[int, object] = {}
+
+        def call(number: int) -> None:
+            with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
+                x = some_rows(1 + number % 2, seed=number)
+                got = client.infer("ab"[number % 2], {"x": x})["output"]
+                np.testing.assert_allclose(got, x, atol=1e-6)
+                outcomes[number] = got.shape
+
+        threads = [threading.Thread(target=call, args=[number]) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert outcomes == {number: (1 + number % 2, 16) for number in range(6)}
+        wait_for(lambda: server.block("slow")["batch_sizes"]["sum"] == 6, 5, "a report")
+        block = server.block("slow")
+        assert block["requests_by_pipeline"] == {"a": 3, "b": 3}
+        assert (
+            sum(block["batch_sizes"]["counts"]) <= 4
+        )  # one begins alone, the others wait for it and go together
+
+        def look_up(index: int) -> None:
+            with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
+                try:
+                    outcomes[index] = client.infer("f", {"x": np.array([[index]])})["output"].shape
+                except BlockFlowError as error:
+                    outcomes[index] = type(error).__name__
+
+        for _ in range(20):
+            threads = [threading.Thread(target=look_up, args=[i]) for i in (0, 1, 99, 2, 3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert outcomes[99] == "BlockFlowError"
+            assert all(outcomes[index] == (1, 4) for index in range(4))
+
+
 def test_deadlines_and_full_queues(store: Store, directory: Path) -> None:
     digest = store_model(store, Slow(), 1)[0]
     wanted = topology(store.root, {"s": {"slow": digest}})

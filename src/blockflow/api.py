@@ -8,27 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Protocol
 from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Query, Request
+import msgspec
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from blockflow import __version__
+from blockflow import __version__, edit
 from blockflow import topology as topology_file
+from blockflow.access import RequireToken
 from blockflow.devices import Survey, survey
+from blockflow.edit import Change, Terms, Verb
 from blockflow.errors import BlockFlowError, RequestTooLarge, TopologyInvalid
-from blockflow.status import ApplyResult, BlockStatus, PipelineStatus
-from blockflow.topology import Generation, Topology
+from blockflow.status import (
+    ApplyResult,
+    BlockStatus,
+    Event,
+    GenerationRecord,
+    PipelineStatus,
+)
+from blockflow.topology import Block, BlockName, Generation, Name, Pipeline, Topology
 
 _log = logging.getLogger(__name__)
+
+_OPEN_PATHS = frozenset({"/healthz"})
+_PAUSE_SECONDS = 15.0
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -36,14 +48,35 @@ LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 class Controller(Protocol):
     """What the API needs of a controller. All of it is called on the event loop."""
 
-    async def apply(self, topology: Topology, dry_run: bool) -> ApplyResult:
-        """Make `topology` the one that serves, or with `dry_run` only say what that would do.
+    async def update(self, change: Change, verb: Verb, terms: Terms) -> ApplyResult:
+        """Make what `change` makes of the topology the one that serves.
 
         Raises:
-            TopologyInvalid: it cannot be deployed.
+            StaleGeneration: another generation serves than the one in `terms`.
+            TopologyInvalid: it cannot be deployed; whatever else `change` raises.
             StartFailed: a block did not come up; the old generation keeps serving.
         """
         ...
+
+    async def rollback(self, to: Generation | None, terms: Terms) -> ApplyResult:
+        """Apply the topology of an old generation (None: the one before) as a new one."""
+        ...
+
+    async def restart(self, block: BlockName, terms: Terms) -> ApplyResult:
+        """Replace the process of the worker that hosts `block`."""
+        ...
+
+    async def history(self, limit: int) -> list[GenerationRecord]:
+        """The generations that were tried, the newest first."""
+        ...
+
+    async def generation_of(self, number: Generation) -> GenerationRecord: ...
+
+    def events(self, after: int) -> AsyncIterator[Event]:
+        """What is remembered of events above number `after`, and then whatever happens."""
+        ...
+
+    async def logs(self, block: BlockName, lines: int) -> list[str]: ...
 
     def topology(self) -> tuple[Generation, Topology]: ...
 
@@ -72,42 +105,180 @@ class Failure(BaseModel):
     problems: list[str] = []
 
 
-def create_app(controller: Controller) -> FastAPI:
-    """Build the API of `controller`; it answers only requests that were made on this host."""
+class BlockLogs(BaseModel):
+    block: str
+    lines: list[str]
+
+
+class Rollback(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    generation: int | None = Field(
+        None, description="whose topology is applied again; null: the one that served before"
+    )
+
+
+def create_app(controller: Controller, token: str | None = None) -> FastAPI:
+    """Build the API of `controller`.
+
+    It answers those who send `token`; without one, only requests that were made on this host.
+    """
     app = FastAPI(
         title="BlockFlow",
         summary="Deploy and observe blocks and pipelines.",
         version=__version__,
-        responses={422: {"model": Failure}},
+        responses={422: {"model": Failure}, **({401: {"model": Failure}} if token else {})},
         # One schema for what is sent and what is answered: a default is not "required" in either.
         separate_input_output_schemas=False,
     )
-    app.add_middleware(SameHostOnly)
+    if token is None:
+        app.add_middleware(SameHostOnly)
+    else:
+        app.add_middleware(RequireToken, token=token, open_paths=_OPEN_PATHS)
+        _describe_token(app)
     _answer_errors(app)
+    app.include_router(_topology_routes(controller))
+    app.include_router(_edit_routes(controller))
+    app.include_router(_status_routes(controller))
+    # Further routes (metrics, pages) are mounted here.
+    return app
+
+
+def _topology_routes(controller: Controller) -> APIRouter:
+    """The whole topology: put, read, remembered, rolled back."""
+    app = APIRouter(tags=["topology"])
 
     @app.put(
         "/v1/topology",
-        tags=["topology"],
         openapi_extra=_TOPOLOGY_BODY,
-        responses={413: {"model": Failure}, 415: {"model": Failure}, 500: {"model": Failure}},
+        responses=_failures(412, 413, 415, 500),
     )
     async def put_topology(
-        request: Request,
-        dry_run: Annotated[
-            bool, Query(description="only check it, and say what would change")
-        ] = False,
+        request: Request, terms: Annotated[Terms, Depends(_terms)]
     ) -> ApplyResult:
         """Replace the whole topology; answers when the new one serves."""
         parse = _parser(request.headers.get("content-type", ""))
         # In a thread: a topology of the largest size takes a second to parse.
         wanted = await asyncio.to_thread(parse, await _body(request))
-        return await controller.apply(wanted, dry_run)
+        return await controller.update(edit.replace(wanted), Verb.APPLY, terms)
 
-    @app.get("/v1/topology", tags=["topology"])
-    async def get_topology() -> CurrentTopology:
-        """Give the topology that serves now, and its generation."""
+    @app.get("/v1/topology")
+    async def get_topology(response: Response) -> CurrentTopology:
+        """Give the topology that serves now, and its generation (which is also its ETag)."""
         generation, current = controller.topology()
+        response.headers["etag"] = f'"{generation}"'
         return CurrentTopology(generation=generation, topology=current)
+
+    @app.get("/v1/topology/history")
+    async def get_history(
+        limit: Annotated[int, Query(ge=1, le=500, description="most generations to list")] = 50,
+    ) -> list[GenerationRecord]:
+        """List the generations that were tried, the newest first."""
+        return await controller.history(limit)
+
+    @app.get("/v1/topology/history/{generation}", responses=_failures(404))
+    async def get_generation(generation: int) -> GenerationRecord:
+        """Give a remembered generation with its topology."""
+        return await controller.generation_of(Generation(generation))
+
+    @app.post(
+        "/v1/topology/rollback",
+        openapi_extra=_body_schema(Rollback.model_json_schema(), required=False),
+        responses=_failures(404, 409, 412, 413, 500),
+    )
+    async def post_rollback(
+        request: Request, terms: Annotated[Terms, Depends(_terms)]
+    ) -> ApplyResult:
+        """Apply an old generation's topology again, as a new generation."""
+        wanted = await _object(request, optional=True)
+        try:
+            to = Rollback.model_validate(wanted, strict=True).generation
+        except ValidationError as error:
+            raise TopologyInvalid(
+                [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            ) from error
+        return await controller.rollback(None if to is None else Generation(to), terms)
+
+    return app
+
+
+def _edit_routes(controller: Controller) -> APIRouter:
+    """The imperative verbs: each edits the topology and applies the outcome."""
+    app = APIRouter(tags=["edit"])
+
+    @app.post(
+        "/v1/blocks",
+        openapi_extra=_body_schema(_named(Block)),
+        responses=_failures(409, 412, 413, 500),
+    )
+    async def post_block(request: Request, terms: Annotated[Terms, Depends(_terms)]) -> ApplyResult:
+        """Deploy a block; answers when it is ready."""
+        name, settings = _name_and_settings(await _object(request))
+        return await controller.update(edit.add_block(name, settings), Verb.DEPLOY, terms)
+
+    @app.patch(
+        "/v1/blocks/{name}",
+        openapi_extra=_body_schema(_partial(Block)),
+        responses=_failures(404, 412, 413, 500),
+    )
+    async def patch_block(
+        name: str, request: Request, terms: Annotated[Terms, Depends(_terms)]
+    ) -> ApplyResult:
+        """Change settings of a block; null brings back a default."""
+        settings = await _object(request)
+        return await controller.update(edit.change_block(name, settings), Verb.CONFIGURE, terms)
+
+    @app.delete("/v1/blocks/{name}", responses=_failures(404, 409, 412, 500))
+    async def delete_block(
+        name: str,
+        terms: Annotated[Terms, Depends(_terms)],
+        cascade: Annotated[
+            bool, Query(description="also delete the pipelines that use it")
+        ] = False,
+    ) -> ApplyResult:
+        """Remove a block that no pipeline uses."""
+        return await controller.update(edit.remove_block(name, cascade), Verb.DELETE, terms)
+
+    @app.post("/v1/blocks/{name}/restart", responses=_failures(404, 412, 500))
+    async def restart_block(name: str, terms: Annotated[Terms, Depends(_terms)]) -> ApplyResult:
+        """Replace the process of the block's worker; requests go on."""
+        return await controller.restart(BlockName(name), terms)
+
+    @app.post(
+        "/v1/pipelines",
+        openapi_extra=_body_schema(_named(Pipeline)),
+        responses=_failures(409, 412, 413, 500),
+    )
+    async def post_pipeline(
+        request: Request, terms: Annotated[Terms, Depends(_terms)]
+    ) -> ApplyResult:
+        """Deploy a pipeline over blocks that are there."""
+        name, settings = _name_and_settings(await _object(request))
+        return await controller.update(edit.add_pipeline(name, settings), Verb.DEPLOY, terms)
+
+    @app.patch(
+        "/v1/pipelines/{name}",
+        openapi_extra=_body_schema(_partial(Pipeline)),
+        responses=_failures(404, 412, 413, 500),
+    )
+    async def patch_pipeline(
+        name: str, request: Request, terms: Annotated[Terms, Depends(_terms)]
+    ) -> ApplyResult:
+        """Change settings of a pipeline; null brings back a default."""
+        settings = await _object(request)
+        return await controller.update(edit.change_pipeline(name, settings), Verb.CONFIGURE, terms)
+
+    @app.delete("/v1/pipelines/{name}", responses=_failures(404, 412, 500))
+    async def delete_pipeline(name: str, terms: Annotated[Terms, Depends(_terms)]) -> ApplyResult:
+        """Remove a pipeline; its blocks stay."""
+        return await controller.update(edit.remove_pipeline(name), Verb.DELETE, terms)
+
+    return app
+
+
+def _status_routes(controller: Controller) -> APIRouter:
+    """What is, and what happens."""
+    app = APIRouter()
 
     @app.get("/v1/blocks", tags=["status"])
     async def get_blocks() -> list[BlockStatus]:
@@ -118,6 +289,33 @@ def create_app(controller: Controller) -> FastAPI:
     async def get_pipelines() -> list[PipelineStatus]:
         """List the pipelines, and whether each one serves."""
         return controller.pipelines()
+
+    @app.get("/v1/blocks/{name}/logs", tags=["status"], responses=_failures(404))
+    async def get_logs(
+        name: str,
+        tail: Annotated[int, Query(ge=1, le=10_000, description="most lines to give")] = 100,
+    ) -> BlockLogs:
+        """Give the last lines that a block's process has written."""
+        return BlockLogs(block=name, lines=await controller.logs(BlockName(name), tail))
+
+    @app.get(
+        "/v1/events",
+        tags=["status"],
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
+    async def get_events(
+        last_event_id: Annotated[
+            str | None, Header(description="only what came after this event")
+        ] = None,
+    ) -> StreamingResponse:
+        """Stream events (server-sent events): the last 200 first, then each one as it happens."""
+        after = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
+        return StreamingResponse(
+            _event_stream(controller.events(after)),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-store"},
+        )
 
     @app.get("/v1/devices", tags=["status"])
     def get_devices() -> Survey:
@@ -137,6 +335,52 @@ def create_app(controller: Controller) -> FastAPI:
         return JSONResponse({"status": "ready"})
 
     return app
+
+
+def _terms(
+    dry_run: Annotated[bool, Query(description="only check it, and say what would change")] = False,
+    timeout_s: Annotated[
+        float | None,
+        Query(
+            gt=0,
+            le=86_400,
+            description="seconds that new workers may take to get ready before all is as it was",
+        ),
+    ] = None,
+    if_match: Annotated[
+        str | None, Header(description="refuse (412) unless this generation serves")
+    ] = None,
+) -> Terms:
+    match = None
+    if if_match is not None and if_match.strip() != "*":
+        plain = if_match.strip().removeprefix("W/").strip('"')
+        if not (plain.isascii() and plain.isdecimal() and len(plain) < 19):
+            raise HTTPException(422, f"If-Match must be a generation's number, not {if_match!r}")
+        match = Generation(int(plain))
+    return Terms(dry_run=dry_run, match=match, timeout_s=timeout_s)
+
+
+async def _event_stream(events: AsyncIterator[Event]) -> AsyncIterator[str]:
+    """Events on the wire, with a comment in every pause, so that a dead peer is noticed."""
+    feed = aiter(events)
+    coming: asyncio.Task[Event] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(feed))
+            done, _ = await asyncio.wait((coming,), timeout=_PAUSE_SECONDS)
+            if not done:
+                yield ": nothing new\n\n"
+                continue
+            try:
+                event = coming.result()
+            except StopAsyncIteration:
+                return
+            finally:
+                coming = None
+            yield f"id: {event.number}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n"
+    finally:
+        if coming is not None:
+            coming.cancel()
 
 
 class SameHostOnly:
@@ -190,6 +434,72 @@ def _parser(content_type: str) -> Callable[[bytes], Topology]:
             raise HTTPException(
                 415, f"send the topology as application/json or application/yaml, not {other}"
             )
+
+
+async def _object(request: Request, *, optional: bool = False) -> dict[str, Any]:
+    """The JSON object that a request brings. Raises TopologyInvalid."""
+    body = await _body(request)
+    if optional and not body:
+        return {}
+    try:
+        return msgspec.json.decode(body, type=dict[str, Any])
+    except (ValueError, RecursionError) as error:
+        raise TopologyInvalid([f"the body must be a JSON object: {error}"]) from error
+
+
+def _name_and_settings(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    settings = dict(given)
+    name = settings.pop("name", None)
+    if not isinstance(name, str):
+        raise TopologyInvalid(["name: must be given, as text"])
+    return name, settings
+
+
+def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": Failure} for status in statuses}
+
+
+def _body_schema(schema: dict[str, Any], *, required: bool = True) -> dict[str, Any]:
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def _named(model: type[BaseModel]) -> dict[str, Any]:
+    """The schema of one of the topology's members together with its name."""
+    schema = model.model_json_schema()
+    name = TypeAdapter(Name).json_schema() | {"description": "how it is called from now on"}
+    return schema | {
+        "title": f"Named{model.__name__}",
+        "properties": {"name": name, **schema["properties"]},
+        "required": ["name", *schema.get("required", ())],
+    }
+
+
+def _partial(model: type[BaseModel]) -> dict[str, Any]:
+    """The schema of some of a member's settings."""
+    schema = model.model_json_schema()
+    return {
+        **{key: value for key, value in schema.items() if key != "required"},
+        "title": f"Partial{model.__name__}",
+    }
+
+
+def _describe_token(app: FastAPI) -> None:
+    """Say in the OpenAPI document that a token is needed."""
+    describe = app.openapi
+
+    def described() -> dict[str, Any]:
+        document = describe()
+        document.setdefault("components", {})["securitySchemes"] = {
+            "token": {"type": "http", "scheme": "bearer"}
+        }
+        document["security"] = [{"token": []}]
+        for path in _OPEN_PATHS & document["paths"].keys():
+            for operation in document["paths"][path].values():
+                operation["security"] = []
+        return document
+
+    app.openapi = described  # type: ignore[method-assign]
 
 
 async def _body(request: Request) -> bytes:

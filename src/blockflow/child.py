@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import signal
 import sys
+import time
 
 import zmq
 
 from blockflow import protocol
 
 _PR_SET_PDEATHSIG = 1
+LOG_FORMAT = "BLOCKFLOW_LOG_FORMAT"
+"""The environment variable by which the server tells its children how to log."""
 
 
 def die_with_parent(parent: int) -> None:
@@ -29,9 +33,40 @@ def die_with_parent(parent: int) -> None:
 
 
 def start_logging(name: str, level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), format=f"%(asctime)s {name} %(levelname)s %(message)s", force=True
-    )
+    """Log to stderr as process `name`, as text or as one JSON object a line."""
+    handler = logging.StreamHandler()
+    if os.environ.get(LOG_FORMAT) == "json":
+        handler.setFormatter(_JsonFormatter(name))
+    else:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class _JsonFormatter(logging.Formatter):
+    """Objects with `at` (UTC), `process`, `level`, `logger`, `message` and perhaps `error`.
+
+    Whatever a caller adds with `extra` (such as a request's id) stands beside them.
+    """
+
+    _USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        said: dict[str, object] = {
+            "at": f"{at}.{int(record.msecs):03d}Z",
+            "process": self._process,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        said |= {k: v for k, v in vars(record).items() if k not in self._USUAL and k not in said}
+        if record.exc_info:
+            said["error"] = self.formatException(record.exc_info)
+        return json.dumps(said, default=str)
 
 
 class ControlSocket:

@@ -6,9 +6,11 @@ wrong is an error of `blockflow.errors`, chosen by the HTTP status, with the ser
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import ssl
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 from urllib.parse import quote
 
 import httpx
@@ -16,6 +18,7 @@ import msgspec
 from numpy.typing import NDArray
 
 from blockflow import oip
+from blockflow.edit import Conflict, StaleGeneration
 from blockflow.errors import (
     BlockFlowError,
     DeadlineExceeded,
@@ -31,6 +34,8 @@ from blockflow.errors import (
 
 _BY_STATUS: dict[int, type[BlockFlowError]] = {
     404: NotFound,
+    409: Conflict,
+    412: StaleGeneration,
     413: RequestTooLarge,
     429: Overloaded,
     503: Unavailable,
@@ -38,10 +43,13 @@ _BY_STATUS: dict[int, type[BlockFlowError]] = {
 }
 
 
+Kind: TypeAlias = Literal["block", "pipeline"]
+
+
 class _Client:
     """One server's HTTP API; the common ground of the two clients."""
 
-    def __init__(self, url: str, timeout: float) -> None:
+    def __init__(self, url: str, timeout: float, token: str | None, ca_file: Path | None) -> None:
         try:
             parsed = httpx.URL(url)
         except (httpx.InvalidURL, TypeError):
@@ -53,6 +61,8 @@ class _Client:
         self._http = httpx.Client(
             base_url=self._url,
             timeout=timeout,
+            headers={} if token is None else {"authorization": f"Bearer {token}"},
+            verify=True if ca_file is None else ssl.create_default_context(cafile=ca_file),
             # Given up well before the server does (uvicorn: 5 s), or a request may be sent into a
             # connection that is just being closed.
             limits=httpx.Limits(keepalive_expiry=2.0),
@@ -116,10 +126,19 @@ class InferenceClient(_Client):
     """The models of the server at `url` ("http://127.0.0.1:8000").
 
     `timeout` is in seconds, for each step of a request (connect, send, and wait for the answer).
+    `token` is what the server asks for, if it does; `ca_file` (PEM) is what an https server's
+    certificate is checked with, instead of the authorities that everybody trusts.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", timeout: float = 60.0) -> None:
-        super().__init__(url, timeout)
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8000",
+        timeout: float = 60.0,
+        *,
+        token: str | None = None,
+        ca_file: Path | None = None,
+    ) -> None:
+        super().__init__(url, timeout, token, ca_file)
 
     def infer(
         self,
@@ -178,19 +197,143 @@ class ControlClient(_Client):
     """The management API of the server at `url` ("http://127.0.0.1:8080").
 
     `timeout` is in seconds; a new topology is answered when it serves, which takes as long as
-    loading its blocks.
+    loading its blocks. `token` and `ca_file` are as for `InferenceClient`.
+
+    Every change may be a dry run, which only says what would change; with `match` it is refused
+    (StaleGeneration) unless that generation serves.
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8080", timeout: float = 300.0) -> None:
-        super().__init__(url, timeout)
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8080",
+        timeout: float = 300.0,
+        *,
+        token: str | None = None,
+        ca_file: Path | None = None,
+    ) -> None:
+        super().__init__(url, timeout, token, ca_file)
 
-    def put_topology(self, topology: Mapping[str, Any], dry_run: bool = False) -> dict[str, Any]:
+    def put_topology(
+        self,
+        topology: Mapping[str, Any],
+        dry_run: bool = False,
+        *,
+        match: int | None = None,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
         """Make `topology` what the server runs, or with `dry_run` only say what would change.
 
-        Raises `TopologyInvalid` with every problem of a topology that cannot be deployed.
+        Raises `TopologyInvalid` with every problem of a topology that cannot be deployed. New
+        workers that are not ready after `timeout_s` seconds are given up, and all stays as it was.
         """
+        return self._change("PUT", "/v1/topology", topology, dry_run, match, timeout_s=timeout_s)
+
+    def rollback(
+        self, generation: int | None = None, dry_run: bool = False, *, match: int | None = None
+    ) -> dict[str, Any]:
+        """Apply the topology of an old `generation` again; without one, of the one before.
+
+        Raises `NotFound`, and `Conflict` for a generation that never served.
+        """
+        body = {"generation": generation}
+        return self._change("POST", "/v1/topology/rollback", body, dry_run, match)
+
+    def history(self, limit: int = 50) -> list[dict[str, Any]]:
+        """The generations that were tried, the newest first, each with its topology."""
+        answer: list[dict[str, Any]] = self._ask(
+            "GET", "/v1/topology/history", params={"limit": limit}
+        )
+        return answer
+
+    def deploy(
+        self,
+        kind: Kind,
+        name: str,
+        settings: Mapping[str, Any],
+        dry_run: bool = False,
+        *,
+        match: int | None = None,
+    ) -> dict[str, Any]:
+        """Add a block or a pipeline. Raises `Conflict` when there is one of that name."""
+        return self._change("POST", f"/v1/{kind}s", {"name": name, **settings}, dry_run, match)
+
+    def configure(
+        self,
+        kind: Kind,
+        name: str,
+        settings: Mapping[str, Any],
+        dry_run: bool = False,
+        *,
+        match: int | None = None,
+    ) -> dict[str, Any]:
+        """Change what `settings` names and leave the rest; None brings back a default."""
+        return self._change("PATCH", f"/v1/{kind}s/{_segment(name)}", settings, dry_run, match)
+
+    def delete(
+        self,
+        kind: Kind,
+        name: str,
+        dry_run: bool = False,
+        *,
+        cascade: bool = False,
+        match: int | None = None,
+    ) -> dict[str, Any]:
+        """Remove a pipeline, or a block, with `cascade` together with the pipelines that use it.
+
+        Raises `Conflict` for a block that is used.
+        """
+        more = {"cascade": True} if cascade else {}
+        path = f"/v1/{kind}s/{_segment(name)}"
+        return self._change("DELETE", path, None, dry_run, match, **more)
+
+    def restart(
+        self, block: str, dry_run: bool = False, *, match: int | None = None
+    ) -> dict[str, Any]:
+        """Replace the process that hosts `block`; no request is lost."""
+        path = f"/v1/blocks/{_segment(block)}/restart"
+        return self._change("POST", path, None, dry_run, match)
+
+    def logs(self, block: str, tail: int = 100) -> list[str]:
+        """The last lines that the block's process has written."""
+        path = f"/v1/blocks/{_segment(block)}/logs"
+        answer: dict[str, Any] = self._ask("GET", path, params={"tail": tail})
+        lines: list[str] = answer["lines"]
+        return lines
+
+    def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """What happened since event number `after`, and then whatever happens, without end.
+
+        Ends when the server does, or when it is not read from for long.
+        """
+        headers = {"last-event-id": str(after)}
+        # The server writes every 15 seconds, even when nothing happens.
+        timeout = httpx.Timeout(self._timeout, read=60.0)
+        try:
+            with self._http.stream(
+                "GET", "/v1/events", headers=headers, timeout=timeout
+            ) as response:
+                if not response.is_success:
+                    response.read()
+                    _raise_for_status(response)
+                for line in response.iter_lines():
+                    if line.startswith("data:"):
+                        yield msgspec.json.decode(line[5:])
+        except httpx.RequestError as error:
+            raise Unavailable(f"the connection to {self._url} was lost: {error}") from error
+
+    def _change(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        dry_run: bool,
+        match: int | None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        params = {"dry_run": dry_run} | {k: v for k, v in more.items() if v is not None}
+        headers = {} if match is None else {"if-match": f'"{match}"'}
         answer: dict[str, Any] = self._ask(
-            "PUT", "/v1/topology", params={"dry_run": dry_run}, json=topology
+            method, path, params=params, headers=headers, **({} if body is None else {"json": body})
         )
         return answer
 

@@ -12,27 +12,35 @@ import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blockflow import devices, ledger, protocol, reconcile
+from blockflow import devices, edit, ledger, protocol, reconcile
 from blockflow.artifact import Digest, Manifest, Store
+from blockflow.edit import Terms, Verb
 from blockflow.errors import BlockFlowError, NotFound, StartFailed, TopologyInvalid
+from blockflow.events import Journal
 from blockflow.oip import ModelMetadata
 from blockflow.options import ServeOptions
 from blockflow.protocol import Route, RouteId, Step
 from blockflow.reconcile import WorkerSpec
+from blockflow.state import State
 from blockflow.status import (
     ApplyResult,
     BlockState,
     BlockStatus,
     ChannelStatus,
+    Event,
+    EventKind,
+    GenerationRecord,
+    Histogram,
+    Outcome,
     PipelineStatus,
     PortStatus,
 )
-from blockflow.supervisor import Child, Supervisor
+from blockflow.supervisor import Child, Patience, Supervisor
 from blockflow.topology import BlockName, Generation, PipelineName, Topology, WorkerName
 
 log = logging.getLogger(__name__)
@@ -43,6 +51,10 @@ _LAST_RETRY_SECONDS = 30.0
 _CRASH_LOOP = 5
 """So many deaths within `_MEMORY_SECONDS`, or starts in vain, are a crash loop: nobody waits."""
 _MEMORY_SECONDS = 60.0
+_LOOK_EVERY = 0.5
+_NOT_READY_WHEN_SILENT = 2.5
+"""Seconds. Reports come every half second; what misses five of them is not called ready."""
+_ANY_TERMS = Terms()
 _NO_GATEWAY = "the gateway is being started"
 
 
@@ -53,8 +65,10 @@ class _Worker:
     reason: str | None = None
     returning: bool = False
     """It failed, and there is good hope that its successor will be ready soon."""
+    restarts: int = 0
     child: Child | None = None
     endpoints: dict[BlockName, str] = field(default_factory=dict)
+    computations: dict[BlockName, Patience] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,23 +101,28 @@ class _Deployed:
 class Controller:
     """Implements `api.Controller` with real processes. Belongs to one event loop.
 
-    gateway_fd: the listening socket of the inference API, which is handed to the gateway.
+    gateway_fd: the listening socket of the inference API, which is handed to the gateway. state:
+    where every generation is written down.
     """
 
-    def __init__(self, options: ServeOptions, run_dir: Path, gateway_fd: int) -> None:
+    def __init__(self, options: ServeOptions, run_dir: Path, gateway_fd: int, state: State) -> None:
         self._options = options
         self._run_dir = run_dir
         self._gateway_fd = gateway_fd
+        self._state = state
+        self._journal = Journal()
         self._supervisor = Supervisor(run_dir, options.log_level)
         self._store = options.store
         self._deployed = _Deployed(Generation(0), Topology(store=None), {}, {}, {})
         self._passing: list[_Worker] = []
+        self._leaving: tuple[_Road, ...] = ()
         self._gateway: Child | None = None
         self._results = ""
         self._route_ids = itertools.count(1)
         self._lock = asyncio.Lock()
         self._deaths: dict[WorkerName, deque[float]] = {}
         self._repairs: set[asyncio.Task[None]] = set()
+        self._eyes: asyncio.Task[None] | None = None
         self._begun = False
         self._serving = False
         self._closing = False
@@ -111,11 +130,18 @@ class Controller:
     # Life
 
     async def start(self) -> None:
-        """Start the gateway and deploy the first topology. Raises StartFailed, TopologyInvalid."""
+        """Start the gateway and deploy the first topology, or the one that served last.
+
+        Raises StartFailed, TopologyInvalid.
+        """
+        self._eyes = asyncio.get_running_loop().create_task(self._look())
+        self._eyes.add_done_callback(self._repaired)
         async with self._lock:
             await self._start_gateway()
         if self._options.topology is not None:
-            await self.apply(self._options.topology)
+            await self.update(edit.replace(self._options.topology), Verb.SERVE)
+        elif (last := await asyncio.to_thread(self._state.last_applied)) is not None:
+            await self._resume(last)
         else:
             await self._publish()
         self._begun = True
@@ -123,9 +149,11 @@ class Controller:
     async def close(self) -> None:
         """Stop every process, politely for three seconds and then for certain."""
         self._closing = True
-        for task in tuple(self._repairs):
+        self._journal.close()
+        tasks = {*self._repairs} | ({self._eyes} if self._eyes is not None else set())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._repairs, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._gateway is not None:
             await self._gateway.stop(_STOP_SECONDS)
         everyone = (*self._deployed.workers.values(), *self._passing)
@@ -137,52 +165,139 @@ class Controller:
     def topology(self) -> tuple[Generation, Topology]:
         return self._deployed.generation, self._deployed.topology
 
-    async def apply(self, topology: Topology, dry_run: bool = False) -> ApplyResult:
-        """Make `topology` the one that serves.
+    async def update(
+        self, change: edit.Change, verb: Verb, terms: Terms = _ANY_TERMS
+    ) -> ApplyResult:
+        """Make what `change` makes of the topology the one that serves.
 
-        Raises TopologyInvalid before anything is touched; StartFailed when a block does not come
-        up, in which case the old generation keeps serving.
+        Raises whatever `change` and `terms` raise, and TopologyInvalid, before anything is touched;
+        StartFailed when a block does not come up, in which case the old generation keeps serving.
         """
         async with self._lock:
-            store, manifests = await self._examine(topology)
             old = self._deployed
+            terms.check(old.generation)
+            topology = await asyncio.to_thread(change, old.topology)
+            store, manifests = await self._examine(topology)
             plan = reconcile.diff(
                 {name: worker.spec for name, worker in old.workers.items()},
                 reconcile.plan_workers(topology),
             )
+            number = old.generation
+            if not terms.dry_run:
+                number = await asyncio.to_thread(self._state.next_number)
             result = ApplyResult(
-                generation=old.generation if dry_run else old.generation + 1,
-                dry_run=dry_run,
+                generation=number,
+                dry_run=terms.dry_run,
                 keep=tuple(spec.name for spec in plan.keep),
                 start=tuple(spec.name for spec in plan.start),
                 stop=tuple(spec.name for spec in plan.stop),
+                actions=reconcile.actions(old.topology, topology, plan),
             )
-            if dry_run:
+            if terms.dry_run:
                 return result
             self._store = store
-            workers = {spec.name: old.workers[spec.name] for spec in plan.keep}
-            started = await self._start_all(plan.start)
-            workers |= {worker.spec.name: worker for worker in started}
-            new = _Deployed(Generation(old.generation + 1), topology, manifests, workers, roads={})
+            kept = {spec.name: old.workers[spec.name] for spec in plan.keep}
+            new = _Deployed(number, topology, manifests, kept, roads={})
             try:
-                new = await self._with_roads(new, topology.pipelines)
-            except BlockFlowError as error:
-                await asyncio.gather(*(self._stop(worker) for worker in started))
-                self._passing = []
-                raise StartFailed(
-                    f"the blocks cannot be connected: {error}; the old generation keeps serving"
-                ) from error
-            # From here on the new generation is the one that should be; failures are repaired.
-            self._deployed = new
-            self._passing = [old.workers[spec.name] for spec in plan.stop]
-            for worker in self._passing:
-                worker.state = BlockState.DRAINING
-            await self._publish()
-            await self._leave(old.roads.values())
-            await asyncio.gather(*(self._stop(worker) for worker in self._passing))
-            self._passing = []
-            log.info("generation %d serves", new.generation)
+                new = await self._launch(new, plan.start, terms.timeout_s)
+                # Written down before it serves: what was acknowledged is never forgotten, and a
+                # disk that is full fails the update rather than the next start.
+                await self._record(new, verb)
+            except BaseException as error:
+                await self._give_up(new)
+                if not isinstance(error, StartFailed):
+                    raise
+                await self._fail(new, verb, str(error))
+                raise StartFailed(f"{error}; the old generation keeps serving") from error
+            await self._supplant(new, [old.workers[spec.name] for spec in plan.stop])
+            self._journal.write(EventKind.GENERATION_APPLIED, str(number), f"by {verb}")
+            log.info("generation %d serves", number)
             return result
+
+    async def rollback(
+        self, to: Generation | None = None, terms: Terms = _ANY_TERMS
+    ) -> ApplyResult:
+        """Apply the topology of generation `to`, or of the one that served before, once more.
+
+        Raises NotFound, Conflict, and what `update` raises.
+        """
+
+        def old(_: Topology) -> Topology:
+            state = self._state
+            record = state.before(self._deployed.generation) if to is None else state.get(to)
+            if record.outcome is Outcome.FAILED:
+                raise edit.Conflict(f"generation {to} never served: {record.reason}")
+            return record.topology
+
+        return await self.update(old, Verb.ROLLBACK, terms)
+
+    async def restart(self, block: BlockName, terms: Terms = _ANY_TERMS) -> ApplyResult:
+        """Replace the process of a block's worker, with no request lost.
+
+        Raises NotFound, StaleGeneration; StartFailed, in which case the old process keeps serving.
+        """
+        async with self._lock:
+            before = self._deployed
+            terms.check(before.generation)
+            old = self._home(block)
+            name = old.spec.name
+            result = ApplyResult(
+                generation=before.generation,
+                dry_run=terms.dry_run,
+                keep=tuple(sorted(other for other in before.workers if other != name)),
+                start=(name,),
+                stop=(name,),
+                actions=(f"replace the process of worker {name}",),
+            )
+            if terms.dry_run:
+                return result
+            new = _Deployed(
+                before.generation,
+                before.topology,
+                before.manifests,
+                {other: worker for other, worker in before.workers.items() if worker is not old},
+                before.roads,
+            )
+            affected = [
+                pipeline
+                for pipeline in map(PipelineName, before.topology.pipelines)
+                if pipeline not in before.roads or old in before.roads[pipeline].workers
+            ]
+            try:
+                new = await self._launch(
+                    new, (old.spec,), terms.timeout_s, affected, restarts=old.restarts + 1
+                )
+            except BaseException as error:
+                await self._give_up(new)
+                if not isinstance(error, StartFailed):
+                    raise
+                raise StartFailed(f"{error}; the old process keeps serving") from error
+            self._deaths.pop(name, None)
+            await self._supplant(new, [old])
+            log.info("worker %s was restarted", name)
+            return result
+
+    async def history(self, limit: int) -> list[GenerationRecord]:
+        return await asyncio.to_thread(self._state.history, limit)
+
+    async def generation_of(self, number: Generation) -> GenerationRecord:
+        """Raises NotFound."""
+        return await asyncio.to_thread(self._state.get, number)
+
+    def events(self, after: int) -> AsyncIterator[Event]:
+        return self._journal.follow(after)
+
+    async def logs(self, block: BlockName, lines: int) -> list[str]:
+        """The last lines that a block's process wrote. Raises NotFound."""
+        child = self._home(block).child
+        return await asyncio.to_thread(child.log_lines, lines) if child is not None else []
+
+    def _home(self, block: BlockName) -> _Worker:
+        for worker in self._deployed.workers.values():
+            if any(spec.name == block for spec in worker.spec.blocks):
+                return worker
+        known = ", ".join(self._deployed.topology.blocks) or "none"
+        raise NotFound(f"there is no block {block}; there are: {known}")
 
     def blocks(self) -> list[BlockStatus]:
         everyone = (*self._deployed.workers.values(), *self._passing)
@@ -201,7 +316,7 @@ class Controller:
         for model in self._models():
             name = PipelineName(model.metadata.name)
             reason = model.reason if self._serving else _NO_GATEWAY
-            count = counts.get(name, protocol.PipelineCount(0, 0))
+            count = counts.get(name)
             statuses.append(
                 PipelineStatus(
                     name=name,
@@ -211,8 +326,10 @@ class Controller:
                     inputs=_ports(model.metadata.inputs),
                     outputs=_ports(model.metadata.outputs),
                     max_batch=model.metadata.max_batch,
-                    requests=count.requests,
-                    errors=count.errors,
+                    requests=count.requests if count else 0,
+                    errors=sum(count.errors.values()) if count else 0,
+                    errors_by_kind=count.errors if count else {},
+                    latency=_histogram(count.latency) if count else None,
                 )
             )
         return statuses
@@ -233,7 +350,12 @@ class Controller:
             for name, worker in self._deployed.workers.items()
             if worker.state is BlockState.FAILED
         ]
-        return pipelines + workers
+        silent = [
+            f"{child.name} has said nothing for {child.silent:.1f} s"
+            for child in self._watched()
+            if child.silent > _NOT_READY_WHEN_SILENT
+        ]
+        return pipelines + workers + silent
 
     # Deciding
 
@@ -262,7 +384,7 @@ class Controller:
             signature = reconcile.pipeline_signature(now.topology, now.manifests, name)
             metadata = ModelMetadata(name, signature.inputs, signature.outputs, signature.max_batch)
             road = now.roads.get(name)
-            reason = "it is being connected" if road is None else road.broken
+            reason = self._missing(now, name) if road is None else road.broken
             route = road.route.id if road is not None and reason is None else None
             returning = road is not None and all(
                 worker.state is not BlockState.FAILED or worker.returning for worker in road.workers
@@ -270,54 +392,187 @@ class Controller:
             models.append(protocol.Model(metadata, route, reason, returning))
         return models
 
+    def _missing(self, deployed: _Deployed, name: PipelineName) -> str:
+        """Why a pipeline has no route."""
+        blocks = deployed.topology.pipelines[name].blocks
+        for worker in deployed.workers.values():
+            for block in worker.spec.blocks:
+                if block.name in blocks and worker.state is not BlockState.READY:
+                    return f"block {block.name} is {worker.state}: {worker.reason or 'it loads'}"
+        return "it is being connected"
+
     # Acting
 
-    async def _start_all(self, specs: Iterable[WorkerSpec]) -> list[_Worker]:
-        """Start workers side by side. Raises StartFailed, with none of them left.
+    async def _resume(self, last: GenerationRecord) -> None:
+        """Serve what served last. A block that fails now is repaired as if it had failed later."""
+        async with self._lock:
+            if self._store is None and last.store is not None:
+                self._store = Path(last.store)
+            try:
+                self._store, manifests = await self._examine(last.topology)
+            except TopologyInvalid as error:
+                which = f"generation {last.generation}, which served last"
+                raise TopologyInvalid([f"{which}: {each}" for each in error.problems]) from error
+            specs = reconcile.plan_workers(last.topology)
+            workers = {name: _Worker(spec) for name, spec in specs.items()}
+            self._deployed = _Deployed(
+                Generation(last.generation), last.topology, manifests, workers, {}
+            )
+            await self._publish()
+            await asyncio.gather(*(self._bring_up_or_mark(each) for each in workers.values()))
+            try:
+                self._deployed = await self._with_roads(self._deployed, last.topology.pipelines)
+            except StartFailed as error:
+                # Whoever replaces the worker that died meanwhile connects everything.
+                if all(worker.state is not BlockState.FAILED for worker in workers.values()):
+                    raise
+                log.warning("generation %d cannot be connected yet: %s", last.generation, error)
+            await self._publish()
+            self._journal.write(EventKind.GENERATION_APPLIED, str(last.generation), "resumed")
+            log.info("generation %d serves again", last.generation)
 
-        They are passing until they are part of what is deployed.
+    async def _bring_up_or_mark(self, worker: _Worker) -> None:
+        try:
+            await self._bring_up(worker, self._options.ready_timeout_s)
+        except StartFailed as error:
+            await self._stop(worker)
+            log.warning("worker %s cannot be started: %s", worker.spec.name, error)
+            worker.state = BlockState.FAILED
+            worker.reason = str(error)
+            worker.returning = True
+            self._repair(self._replace(worker, deaths=2))
+
+    async def _launch(
+        self,
+        target: _Deployed,
+        specs: Iterable[WorkerSpec],
+        timeout_s: float | None,
+        pipelines: Iterable[str] | None = None,
+        *,
+        restarts: int | None = None,
+    ) -> _Deployed:
+        """`target` with new workers, ready and connected. Raises StartFailed.
+
+        The new workers are passing until they are part of what is deployed; after a failure they
+        still are, for the caller to stop. `restarts` is for a worker that continues another.
         """
-        workers = [_Worker(spec) for spec in specs]
+        seconds = min(timeout_s or self._options.ready_timeout_s, self._options.ready_timeout_s)
+        before = self._deployed.workers
+        workers = [
+            _Worker(
+                spec,
+                restarts=restarts
+                if restarts is not None
+                else before[spec.name].restarts + 1
+                if spec.name in before
+                else 0,
+            )
+            for spec in specs
+        ]
         self._passing = workers
         outcomes = await asyncio.gather(
-            *(self._bring_up(worker) for worker in workers), return_exceptions=True
+            *(self._bring_up(worker, seconds) for worker in workers), return_exceptions=True
         )
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        for failure in failures:
+            if not isinstance(failure, StartFailed):
+                raise failure
         if failures:
-            await asyncio.gather(*(self._stop(worker) for worker in workers))
-            self._passing = []
-            for failure in failures:
-                if not isinstance(failure, StartFailed):
-                    raise failure
-            reasons = "; ".join(str(failure) for failure in failures)
-            raise StartFailed(f"{reasons}; the old generation keeps serving")
-        return workers
+            raise StartFailed("; ".join(str(failure) for failure in failures))
+        target = _Deployed(
+            target.generation,
+            target.topology,
+            target.manifests,
+            {**target.workers, **{worker.spec.name: worker for worker in workers}},
+            target.roads,
+        )
+        wanted = target.topology.pipelines if pipelines is None else pipelines
+        try:
+            target = await self._with_roads(target, wanted)
+        except StartFailed as error:
+            raise StartFailed(f"the blocks cannot be connected: {error}") from error
+        for worker in workers:
+            if worker.state is BlockState.FAILED:
+                await self._give_up(target)
+                raise StartFailed(f"worker {worker.spec.name} failed: {worker.reason}")
+        return target
 
-    async def _bring_up(self, worker: _Worker) -> None:
+    async def _give_up(self, new: _Deployed) -> None:
+        """Stop what was started for `new`, which will not serve, and forget its routes."""
+        old = self._deployed.roads
+        await self._forget(road for name, road in new.roads.items() if old.get(name) is not road)
+        await asyncio.gather(*(self._stop(worker) for worker in self._passing))
+        self._passing = []
+
+    async def _supplant(self, new: _Deployed, stop: list[_Worker]) -> None:
+        """Swap the routes. From here on `new` is what should be, and failures are repaired."""
+        old = self._deployed
+        self._deployed = new
+        self._passing = stop
+        for worker in stop:
+            if worker.state is BlockState.READY:
+                worker.state = BlockState.DRAINING
+        self._leaving = tuple(
+            road for name, road in old.roads.items() if new.roads.get(name) is not road
+        )
+        await self._publish()
+        await self._leave(self._leaving)
+        self._leaving = ()
+        await asyncio.gather(*(self._stop(worker) for worker in stop))
+        self._passing = []
+
+    async def _record(self, deployed: _Deployed, verb: Verb, reason: str | None = None) -> None:
+        await asyncio.to_thread(
+            self._state.record,
+            deployed.generation,
+            deployed.topology,
+            self._store,
+            verb,
+            reason,
+        )
+
+    async def _fail(self, deployed: _Deployed, verb: Verb, reason: str) -> None:
+        self._journal.write(EventKind.GENERATION_FAILED, str(deployed.generation), reason)
+        # The state may be what failed.
+        with contextlib.suppress(StartFailed):
+            await self._record(deployed, verb, reason)
+
+    async def _bring_up(self, worker: _Worker, seconds: float) -> None:
         """Start a worker's process and have it load and warm its blocks. Raises StartFailed."""
         spec = worker.spec
+        end = asyncio.get_running_loop().time() + seconds
         incarnation = self._supervisor.next_incarnation()
-        worker.child = await self._supervisor.spawn(
-            f"worker {spec.name}",
-            "blockflow.worker",
-            incarnation,
-            ["--name", spec.name],
-            seconds=self._options.ready_timeout_s,
-        )
-        # The socket's path must stay short, so it is numbered rather than named.
-        worker.endpoints = {
-            block.name: f"ipc://{self._run_dir}/{incarnation}.{number}.sock"
-            for number, block in enumerate(spec.blocks)
-        }
-        load = protocol.Load(str(self._store), spec.blocks, tuple(worker.endpoints.values()))
-        await worker.child.command(load, self._options.ready_timeout_s)
+        self._journal.write(EventKind.WORKER_STARTED, spec.name)
+        try:
+            worker.child = await self._supervisor.spawn(
+                f"worker {spec.name}",
+                "blockflow.worker",
+                incarnation,
+                ["--name", spec.name],
+                seconds=seconds,
+            )
+            # The socket's path must stay short, so it is numbered rather than named.
+            worker.endpoints = {
+                block.name: f"ipc://{self._run_dir}/{incarnation}.{number}.sock"
+                for number, block in enumerate(spec.blocks)
+            }
+            load = protocol.Load(str(self._store), spec.blocks, tuple(worker.endpoints.values()))
+            left = max(0.0, end - asyncio.get_running_loop().time())
+            await worker.child.command(load, left)
+        except StartFailed as error:
+            self._journal.write(EventKind.WORKER_FAILED, spec.name, str(error))
+            raise
         worker.state = BlockState.READY
         worker.child.on_exit = lambda reason: self._mourn(worker, reason)
+        self._journal.write(EventKind.WORKER_READY, spec.name)
 
     async def _stop(self, worker: _Worker) -> None:
         if worker.child is not None:
+            alive = worker.child.alive
             await worker.child.stop(_STOP_SECONDS)
             self._supervisor.forget(worker.child)
+            if alive:
+                self._journal.write(EventKind.WORKER_STOPPED, worker.spec.name)
 
     async def _start_gateway(self) -> None:
         incarnation = self._supervisor.next_incarnation()
@@ -333,11 +588,13 @@ class Controller:
                 *("--queue-depth", str(options.queue_depth)),
                 *("--request-timeout", str(options.request_timeout_s)),
                 *("--max-body-bytes", str(options.max_body_bytes)),
+                *_access(options),
             ],
             seconds=options.ready_timeout_s,
             pass_fds=[self._gateway_fd],
         )
         self._gateway.on_exit = self._mourn_gateway
+        self._journal.write(EventKind.GATEWAY_STARTED, "gateway")
 
     async def _with_roads(self, deployed: _Deployed, pipelines: Iterable[str]) -> _Deployed:
         """Lay a new route for each of `pipelines` whose workers are ready, and connect it.
@@ -381,7 +638,7 @@ class Controller:
             *(reconcile.wiring(*pair) for pair in itertools.pairwise(manifests)),
         ]
         steps = tuple(
-            Step(block, worker.endpoints[block], wiring)
+            Step(block, worker.endpoints[block], wiring, deployed.topology.blocks[block].max_batch)
             for block, worker, wiring in zip(blocks, workers, wirings, strict=True)
         )
         route = Route(
@@ -435,6 +692,7 @@ class Controller:
         await self._forget(roads)
 
     async def _forget(self, roads: Iterable[_Road]) -> None:
+        roads = tuple(roads)
         try:
             await self._tell(
                 roads, lambda routes: protocol.Retire(tuple(route.id for route in routes))
@@ -447,6 +705,7 @@ class Controller:
     def _mourn(self, worker: _Worker, reason: str) -> None:
         """A worker died: stop sending there, answer what it held, and start a successor."""
         log.error("worker %s failed: %s", worker.spec.name, reason)
+        self._journal.write(EventKind.WORKER_FAILED, worker.spec.name, reason)
         worker.state = BlockState.FAILED
         worker.reason = reason
         now = asyncio.get_running_loop().time()
@@ -460,6 +719,9 @@ class Controller:
 
     def _mourn_gateway(self, reason: str) -> None:
         log.error("the gateway failed: %s", reason)
+        self._journal.write(EventKind.GATEWAY_FAILED, "gateway", reason)
+        if self._gateway is not None:
+            self._supervisor.forget(self._gateway)
         self._gateway = None
         self._serving = False
         self._repair(self._replace_gateway())
@@ -480,7 +742,9 @@ class Controller:
     async def _abandon(self, worker: _Worker) -> None:
         await self._publish()
         ids = tuple(
-            road.route.id for road in self._deployed.roads.values() if worker in road.workers
+            road.route.id
+            for road in (*self._deployed.roads.values(), *self._leaving)
+            if worker in road.workers
         )
         if ids and self._gateway is not None and self._gateway.alive:
             names = ", ".join(block.name for block in worker.spec.blocks)
@@ -502,14 +766,15 @@ class Controller:
             async with self._lock:
                 if self._deployed.workers.get(name) is not dead:
                     return  # an update has put something else in its place
-                successor = _Worker(dead.spec)
+                successor = _Worker(dead.spec, restarts=dead.restarts + 1)
                 try:
-                    await self._bring_up(successor)
+                    await self._bring_up(successor, self._options.ready_timeout_s)
                     await self._install(dead, successor)
                 except StartFailed as error:
                     await self._stop(successor)
                     dead.reason = str(error)
                     dead.returning = attempt < _CRASH_LOOP
+                    dead.restarts = successor.restarts
                     log.warning("worker %s cannot be replaced yet: %s", name, error)
                     await self._publish()
                 else:
@@ -553,6 +818,55 @@ class Controller:
                     return
             await asyncio.sleep(_pause(attempt))
 
+    # Watching
+
+    def _watched(self) -> list[Child]:
+        """The processes that are expected to report."""
+        workers = [
+            worker.child
+            for worker in (*self._deployed.workers.values(), *self._passing)
+            if worker.child is not None
+            and worker.child.alive
+            and worker.state in {BlockState.READY, BlockState.DRAINING}
+        ]
+        return [*workers, *([self._gateway] if self._gateway is not None else ())]
+
+    async def _look(self) -> None:
+        """Kill what is hung; its death is then met like any other."""
+        limit = self._options.heartbeat_timeout_s
+        while True:
+            for child in self._watched():
+                if child.silent > limit:
+                    child.condemn(f"it has said nothing for {limit:g} s")
+            for worker in self._deployed.workers.values():
+                if worker.state is BlockState.READY:
+                    self._look_at_computations(worker)
+            await asyncio.sleep(_LOOK_EVERY)
+
+    def _look_at_computations(self, worker: _Worker) -> None:
+        # No request may take longer than the server's limit, so one that has been computed for
+        # longer is past its deadline, whatever that was.
+        limit = self._options.request_timeout_s + self._options.hang_grace_s
+        now = asyncio.get_running_loop().time()
+        for block, endpoint in worker.endpoints.items():
+            patience = worker.computations.setdefault(block, Patience(2 * _LOOK_EVERY))
+            computed = ledger.read(ledger.ledger_path(endpoint))
+            if patience.look(now, computed) > limit and worker.child is not None:
+                worker.child.condemn(f"block {block} computed one request for {limit:g} s")
+
+
+def _access(options: ServeOptions) -> list[str]:
+    """The gateway's flags for tokens and TLS."""
+    flags: list[str] = []
+    for flag, path in (
+        ("--token-file", options.inference_token_file),
+        ("--tls-cert", options.tls_cert),
+        ("--tls-key", options.tls_key),
+    ):
+        if path is not None:
+            flags += [flag, str(path)]
+    return flags
+
 
 def _pause(attempt: int) -> float:
     """Seconds before another try: exponential, from half a second to half a minute."""
@@ -579,6 +893,10 @@ def _read_manifests(topology: Topology, directory: Path | None) -> dict[Digest, 
     return found
 
 
+def _histogram(found: protocol.Histogram) -> Histogram:
+    return Histogram(bounds=found.bounds, counts=found.counts, sum=found.sum)
+
+
 def _ports(ports: Iterable[Any]) -> tuple[PortStatus, ...]:
     return tuple(PortStatus(name=p.name, dtype=p.dtype, shape=p.shape) for p in ports)
 
@@ -602,12 +920,19 @@ def _block_statuses(worker: _Worker, names: Mapping[str, str]) -> Iterable[Block
             device=spec.device,
             worker=worker.spec.name,
             pid=child.pid if child is not None and alive else None,
-            state=worker.state,
+            state=(
+                BlockState.CRASH_LOOPING
+                if worker.state is BlockState.FAILED and not worker.returning
+                else worker.state
+            ),
             reason=worker.reason,
+            restarts=worker.restarts,
             device_memory_bytes=memory.device_bytes.get(spec.device) if memory else None,
             host_memory_bytes=memory.host_bytes if memory else None,
             requests=sum(known.requests.values()) if known else 0,
             requests_by_pipeline={str(p): n for p, n in known.requests.items()} if known else {},
+            queued=known.queued if known else 0,
+            batch_sizes=_histogram(known.batch_sizes) if known else None,
             compute_ms_mean=known.compute_ms / known.batches if known and known.batches else None,
             channels=tuple(
                 ChannelStatus(

@@ -1,4 +1,6 @@
-"""The devices of this host and the memory that processes take on them, without torch.
+"""The devices of this host, what they say of themselves, and the memory that processes take.
+
+Without torch.
 
 GPUs are counted as CUDA counts them: `cuda:<n>` is the n-th of CUDA_VISIBLE_DEVICES. NVML orders
 GPUs by PCI bus, CUDA by speed unless CUDA_DEVICE_ORDER=PCI_BUS_ID; on a host with GPUs of several
@@ -10,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -22,7 +24,11 @@ _log = logging.getLogger(__name__)
 
 
 class Device(BaseModel):
-    """A place where blocks can live; memory in bytes."""
+    """A place where blocks can live; memory in bytes.
+
+    What only some GPUs can say of themselves is None where they do not: MIG instances, for one,
+    have no power meter of their own.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -37,6 +43,16 @@ class Device(BaseModel):
     """Of the CPU: those that this process may run on."""
     uuid: str | None = None
     driver: str | None = None
+    utilization: float | None = None
+    """Of a GPU: share of its last sample period, at most a second, in which a kernel ran; 0 to 1.
+
+    A kernel on one multiprocessor counts like one on all: this is no measure of spare room.
+    """
+    power_watts: float | None = None
+    """Of the whole board; an average over the last second on GPUs since Ampere."""
+    energy_joules: float | None = None
+    """Of the whole board, since the driver was loaded; its differences measure work."""
+    temperature_celsius: float | None = None
 
 
 class Survey(BaseModel):
@@ -146,7 +162,30 @@ def _gpu(nvml: Any, index: int, handle: object) -> Device:
         memory_available=memory.free,
         uuid=nvml.nvmlDeviceGetUUID(handle),
         driver=nvml.nvmlSystemGetDriverVersion(),
+        utilization=_sensor(
+            nvml, index, lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+        ),
+        power_watts=_sensor(nvml, index, lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+        energy_joules=_sensor(
+            nvml, index, lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+        ),
+        temperature_celsius=_sensor(
+            nvml,
+            index,
+            lambda: float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+        ),
     )
+
+
+def _sensor(nvml: Any, index: int, read: Callable[[], float]) -> float | None:
+    """Read what a GPU may not be able to say. A sensor that fails never hides its GPU."""
+    try:
+        return read()
+    except nvml.NVMLError_NotSupported:
+        return None
+    except nvml.NVMLError as error:
+        _reported(f"a sensor of cuda:{index} failed: {error}")
+        return None
 
 
 def _visible(nvml: Any, environ: Mapping[str, str]) -> list[Any]:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from blockflow.topology import Topology
 
@@ -16,11 +23,32 @@ class ServeOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    topology: Topology | None = Field(None, description="what to deploy at the start")
+    topology: Topology | None = Field(
+        None, description="what to deploy at the start; without it, what served last"
+    )
     store: Path | None = Field(
         None, description="the artifact store, for topologies that name none"
     )
-    host: str = Field("127.0.0.1", description="address to listen on")
+    state_dir: Path | None = Field(
+        None,
+        description="directory that remembers every generation; default: "
+        "$XDG_STATE_HOME/blockflow or ~/.local/state/blockflow",
+    )
+    # Before `host`, whose validation looks at them.
+    token_file: Path | None = Field(
+        None,
+        description="file with the bearer token that the management API asks for (mode 0600, at "
+        "least 16 characters)",
+    )
+    inference_token_file: Path | None = Field(
+        None, description="file with the bearer token that the inference API asks for"
+    )
+    host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; one that others can reach needs both token files",
+    )
+    tls_cert: Path | None = Field(None, description="certificate chain (PEM); turns on HTTPS")
+    tls_key: Path | None = Field(None, description="private key of the certificate (PEM)")
     control_port: int = Field(
         8080, ge=0, le=65535, description="port of the management API; 0 takes a free one"
     )
@@ -39,22 +67,46 @@ class ServeOptions(BaseModel):
     drain_timeout_s: float = Field(
         10, ge=0, description="time that running requests get before their worker is stopped"
     )
+    heartbeat_timeout_s: float = Field(
+        10,
+        ge=1,
+        description="time that a process may say nothing before it is taken for hung and replaced",
+    )
+    hang_grace_s: float = Field(
+        10,
+        gt=0,
+        description="time after its deadline that a request may still be computed before its "
+        "worker is taken for hung and replaced",
+    )
+    log_format: Literal["text", "json"] = Field("text", description="how to write log messages")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe log messages to write"
     )
 
     @field_validator("host")
     @classmethod
-    def _must_be_loopback(cls, host: str) -> str:
-        if not _is_loopback(host):
+    def _strangers_need_tokens(cls, host: str, info: ValidationInfo) -> str:
+        missing = [
+            f"--{name.replace('_', '-')}"
+            for name in ("token_file", "inference_token_file")
+            if info.data.get(name) is None
+        ]
+        if missing and not is_loopback(host):
             raise ValueError(
-                f"{host} is not a loopback address: BlockFlow has no authentication yet, so it "
-                "listens on 127.0.0.1, ::1 or localhost only; put an authenticating proxy in front"
+                f"{host} is not a loopback address: others can reach it, so give "
+                f"{' and '.join(missing)} as well, or listen on 127.0.0.1"
             )
         return host
 
+    @model_validator(mode="after")
+    def _certificates_have_keys(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both --tls-cert and --tls-key")
+        return self
 
-def _is_loopback(host: str) -> bool:
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host can reach what listens on `host`."""
     if host == "localhost":
         return True
     try:

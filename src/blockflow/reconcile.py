@@ -149,6 +149,61 @@ def diff(
     )
 
 
+def actions(before: Topology, after: Topology, plan: Plan) -> tuple[str, ...]:
+    """Say in words, in the order in which it is done, what turns `before` into `after`."""
+    stopped = {spec.name: spec for spec in plan.stop}
+    started = {spec.name for spec in plan.start}
+    return (
+        *(
+            _replacement(stopped[spec.name], spec)
+            if spec.name in stopped
+            else f"start worker {spec.name} on {spec.device} with {_members(spec)}"
+            for spec in plan.start
+        ),
+        *_pipeline_actions(before, after),
+        *(f"stop worker {name}" for name in stopped if name not in started),
+    )
+
+
+def _replacement(old: WorkerSpec, new: WorkerSpec) -> str:
+    was = {block.name: block for block in old.blocks}
+    now = {block.name: block for block in new.blocks}
+    changes = [f"without block {name}" for name in was.keys() - now.keys()]
+    changes += [f"with block {name}" for name in now.keys() - was.keys()]
+    for name in was.keys() & now.keys():
+        for setting in BlockSpec.__struct_fields__:
+            before, after = getattr(was[name], setting), getattr(now[name], setting)
+            if before != after:
+                changes.append(f"block {name}: {setting} {_brief(before)} → {_brief(after)}")
+    return f"replace worker {new.name} ({'; '.join(sorted(changes)) or 'as it is'})"
+
+
+def _brief(value: object) -> str:
+    return value[:19] if isinstance(value, str) else str(value)
+
+
+def _members(spec: WorkerSpec) -> str:
+    return _blocks([block.name for block in spec.blocks])
+
+
+def _pipeline_actions(before: Topology, after: Topology) -> Iterator[str]:
+    for name, pipeline in after.pipelines.items():
+        old = before.pipelines.get(name)
+        if old is None:
+            yield f"add pipeline {name}: {_path(pipeline)}"
+        elif old.blocks != pipeline.blocks:
+            yield f"change pipeline {name}: {_path(old)} becomes {_path(pipeline)}"
+        elif old != pipeline:
+            yield f"change pipeline {name}: other names of its inputs or outputs"
+    for name in before.pipelines:
+        if name not in after.pipelines:
+            yield f"remove pipeline {name}"
+
+
+def _path(pipeline: Pipeline) -> str:
+    return " → ".join(pipeline.blocks)
+
+
 def _artifact_problems(
     topology: Topology, manifests: Mapping[Digest, Manifest | str]
 ) -> Iterator[str]:

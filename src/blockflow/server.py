@@ -21,11 +21,13 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from blockflow.access import read_token
 from blockflow.api import create_app
-from blockflow.child import start_logging
+from blockflow.child import LOG_FORMAT, start_logging
 from blockflow.controller import Controller
 from blockflow.errors import StartFailed
 from blockflow.options import ServeOptions
+from blockflow.state import State
 
 log = logging.getLogger(__name__)
 
@@ -38,22 +40,34 @@ def serve(options: ServeOptions) -> None:
     Raises StartFailed when a port or the run directory is taken or a block does not come up, and
     TopologyInvalid when the topology cannot be deployed.
     """
+    os.environ[LOG_FORMAT] = options.log_format  # for this process and its children
     start_logging("server", options.log_level)
+    token = None if options.token_file is None else read_token(options.token_file)
+    if options.inference_token_file is not None:
+        read_token(options.inference_token_file)  # refused here, rather than by the gateway
     with (
         _listener(options.host, options.control_port, "management") as control,
         _listener(options.host, options.http_port, "inference") as inference,
         _run_directory(options.run_dir) as run_dir,
+        contextlib.closing(State(options.state_dir or _default_state_dir())) as state,
     ):
-        uvloop.run(_serve(options, run_dir, control, inference))
+        uvloop.run(_serve(options, run_dir, control, inference, state, token))
 
 
 async def _serve(
-    options: ServeOptions, run_dir: Path, control: socket.socket, inference: socket.socket
+    options: ServeOptions,
+    run_dir: Path,
+    control: socket.socket,
+    inference: socket.socket,
+    state: State,
+    token: str | None,
 ) -> None:
-    controller = Controller(options, run_dir, inference.fileno())
+    controller = Controller(options, run_dir, inference.fileno(), state)
     server = _Server(
         uvicorn.Config(
-            create_app(controller),
+            create_app(controller, token),
+            ssl_certfile=options.tls_cert,
+            ssl_keyfile=options.tls_key,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=1,
@@ -64,7 +78,8 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     serving = loop.create_task(server.serve(sockets=[control]))
-    log.info("inference at %s, management at %s", _url(inference), _url(control))
+    scheme = "http" if options.tls_cert is None else "https"
+    log.info("inference at %s, management at %s", _url(scheme, inference), _url(scheme, control))
     starting = loop.create_task(controller.start())
     stopped = loop.create_task(stop.wait())
     try:
@@ -89,9 +104,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _url(listener: socket.socket) -> str:
+def _url(scheme: str, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 @contextlib.contextmanager
@@ -137,6 +152,12 @@ def _run_directory(chosen: Path | None) -> Iterator[Path]:
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
         os.close(lock)
+
+
+def _default_state_dir() -> Path:
+    home = os.environ.get("XDG_STATE_HOME")
+    base = Path(home) if home and Path(home).is_absolute() else Path.home() / ".local" / "state"
+    return base / "blockflow"
 
 
 def _default_base() -> Path:

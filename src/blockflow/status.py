@@ -9,16 +9,29 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from blockflow.topology import Topology
+
 
 class BlockState(StrEnum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
     FAILED = "failed"
+    CRASH_LOOPING = "crash_looping"
+    """It failed so often that its successor starts only after a pause."""
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Histogram(_Frozen):
+    """`counts[i]` values were at most `bounds[i]` and above the bound before; one more count
+    is for what is above every bound."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
 
 
 class ChannelStatus(_Frozen):
@@ -39,6 +52,7 @@ class BlockStatus(_Frozen):
     pid: int | None = None
     state: BlockState
     reason: str | None = Field(None, description="why the block is not ready")
+    restarts: int = Field(0, description="how often its worker was replaced by another process")
     device_memory_bytes: int | None = Field(
         None, description="device memory of the whole worker; null where the driver does not say"
     )
@@ -47,6 +61,8 @@ class BlockStatus(_Frozen):
     )
     requests: int = 0
     requests_by_pipeline: dict[str, int] = Field(default_factory=dict)
+    queued: int = Field(0, description="requests that wait at the block now")
+    batch_sizes: Histogram | None = Field(None, description="requests computed together")
     compute_ms_mean: float | None = Field(
         None, description="mean time of one computation, in milliseconds"
     )
@@ -71,6 +87,10 @@ class PipelineStatus(_Frozen):
     max_batch: int = Field(description="most rows of one request")
     requests: int = 0
     errors: int = 0
+    errors_by_kind: dict[str, int] = Field(default_factory=dict)
+    latency: Histogram | None = Field(
+        None, description="seconds from a request's arrival to its answer, failures left out"
+    )
 
 
 class ApplyResult(_Frozen):
@@ -84,3 +104,42 @@ class ApplyResult(_Frozen):
     keep: tuple[str, ...] = ()
     start: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
+    actions: tuple[str, ...] = Field((), description="everything that changes, in words")
+
+
+class Outcome(StrEnum):
+    APPLIED = "applied"
+    FAILED = "failed"
+
+
+class GenerationRecord(_Frozen):
+    """A generation as the history remembers it."""
+
+    generation: int
+    verb: str = Field(description="what was asked for")
+    at: float = Field(description="when its outcome was known, in seconds of Unix time")
+    outcome: Outcome
+    reason: str | None = Field(None, description="why it failed")
+    store: str | None = Field(None, description="the artifact store that it was deployed from")
+    topology: Topology
+
+
+class EventKind(StrEnum):
+    GENERATION_APPLIED = "generation_applied"
+    GENERATION_FAILED = "generation_failed"
+    WORKER_STARTED = "worker_started"
+    WORKER_READY = "worker_ready"
+    WORKER_FAILED = "worker_failed"
+    WORKER_STOPPED = "worker_stopped"
+    GATEWAY_STARTED = "gateway_started"
+    GATEWAY_FAILED = "gateway_failed"
+
+
+class Event(_Frozen):
+    """Something that happened; numbers rise by one for as long as the server lives."""
+
+    number: int
+    at: float = Field(description="seconds of Unix time")
+    kind: EventKind
+    subject: str = Field(description="the worker, the gateway, or the generation's number")
+    reason: str | None = None

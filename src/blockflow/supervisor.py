@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,6 +23,30 @@ log = logging.getLogger(__name__)
 
 _LAST_WORDS = 2000
 _COMMAND_TIMEOUT = 60.0
+_LOOK_EVERY = 0.25
+_LARGEST_LOG = 16 << 20
+_LARGEST_TAIL = 256 << 10
+
+
+class Patience:
+    """Tells for how long something has been there, as far as we were there to see it.
+
+    Time counts only between two looks that follow each other closely. Otherwise a server that was
+    stopped for a minute itself would find, when it goes on, that everybody else had been silent.
+    """
+
+    def __init__(self, most_between_looks: float) -> None:
+        self._most = most_between_looks
+        self._last: float | None = None
+        self._ages: dict[int, float] = {}
+
+    def look(self, now: float, present: Iterable[int]) -> float:
+        """Give the seconds for which the oldest of `present` has been there at every look."""
+        passed = 0.0 if self._last is None else min(now - self._last, self._most)
+        known = self._ages
+        self._last = now
+        self._ages = {each: known[each] + passed if each in known else 0.0 for each in present}
+        return max(self._ages.values(), default=0.0)
 
 
 class Child:
@@ -41,6 +65,11 @@ class Child:
         self.pid = process.pid
         self.report: protocol.WorkerReport | protocol.GatewayReport | None = None
         self.on_exit: Callable[[str], None] | None = None
+        self.silent = 0.0
+        """Seconds since it was last heard; of interest once it is ready."""
+        self._heard = 0
+        self._patience = Patience(2 * _LOOK_EVERY)
+        self._verdict: str | None = None
         self._process = process
         self._log_file = log_file
         self._send = send
@@ -89,7 +118,25 @@ class Child:
         await self._exited
         self._log_file.unlink(missing_ok=True)
 
+    def condemn(self, reason: str) -> None:
+        """Kill it for `reason`; what follows is what follows every death."""
+        self._verdict = f"{reason}, so it was killed"
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    def look(self, now: float) -> None:
+        """Note how long it has been silent, and keep its log within bounds."""
+        self.silent = self._patience.look(now, (self._heard,))
+        with contextlib.suppress(OSError):
+            if self._log_file.stat().st_size > _LARGEST_LOG:
+                os.truncate(self._log_file, 0)
+
+    def log_lines(self, count: int) -> list[str]:
+        """The last lines that it wrote, at most `count`, and at most 256 KiB of them."""
+        return _last_lines(self._log_file, count)
+
     def hear(self, message: protocol.FromChild) -> None:
+        self._heard += 1
         match message:
             case protocol.Hello():
                 if not self._greeted.done():
@@ -117,10 +164,10 @@ class Child:
     async def _watch(self) -> str:
         status = await self._process.wait()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        reason = f"its process ended with {how}"
-        last_words = _tail(self._log_file)
+        reason = self._verdict or f"its process ended with {how}"
+        last_words = _last_lines(self._log_file, 1)
         if last_words and status >= 0:
-            reason += f"; its last words: {last_words}"
+            reason += f"; its last words: {last_words[0][:_LAST_WORDS]}"
         if self.on_exit is not None:
             self.on_exit(reason)
         return reason
@@ -142,6 +189,7 @@ class Supervisor:
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.bind(self._endpoint)
         self._ears = asyncio.get_running_loop().create_task(self._listen())
+        self._eyes = asyncio.get_running_loop().create_task(self._look())
 
     def next_incarnation(self) -> Incarnation:
         return Incarnation(next(self._incarnations))
@@ -175,7 +223,8 @@ class Supervisor:
             # keep the cores busy; not spinning at all costs a wake-up for every operation.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         }
-        with log_file.open("wb") as output:
+        # Appended to, so that what follows a truncation begins at the file's start.
+        with log_file.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -204,7 +253,8 @@ class Supervisor:
 
     async def close(self) -> None:
         self._ears.cancel()
-        await asyncio.gather(self._ears, return_exceptions=True)
+        self._eyes.cancel()
+        await asyncio.gather(self._ears, self._eyes, return_exceptions=True)
         self._socket.close()
 
     async def _listen(self) -> None:
@@ -218,12 +268,24 @@ class Supervisor:
             except msgspec.MsgspecError as error:
                 log.warning("%s sent something unreadable: %s", child.name, error)
 
+    async def _look(self) -> None:
+        while True:
+            now = asyncio.get_running_loop().time()
+            for child in tuple(self._children.values()):
+                if child.alive:
+                    child.look(now)
+            await asyncio.sleep(_LOOK_EVERY)
 
-def _tail(log_file: Path) -> str:
-    """The last line that a process wrote, shortened: usually the error that ended it."""
+
+def _last_lines(log_file: Path, count: int) -> list[str]:
     try:
-        text = log_file.read_text(errors="replace")
+        with log_file.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _LARGEST_TAIL))
+            text = file.read(_LARGEST_TAIL).decode(errors="replace")
     except OSError:
-        return ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:_LAST_WORDS] if lines else ""
+        return []
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    if size > _LARGEST_TAIL:
+        del lines[:1]  # its beginning is missing
+    return lines[-count:]

@@ -10,8 +10,9 @@ import logging
 import os
 import queue
 import signal
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -19,6 +20,9 @@ from blockflow import protocol
 from blockflow.artifact import Store
 from blockflow.child import ControlSocket, die_with_parent, start_logging
 from blockflow.errors import BlockFlowError, StartFailed
+
+if TYPE_CHECKING:
+    from blockflow.runtime import Block
 
 log = logging.getLogger(__name__)
 
@@ -28,64 +32,87 @@ _STOP_TIMEOUT = 3.0
 
 
 class Worker:
-    """Carries out the server's commands; the main thread owns the control socket."""
+    """Carries out the server's commands.
+
+    The main thread owns the control socket and never waits for anything else, so that a worker
+    which does not report is hung. What takes long (loading torch, a model, a connection) is done by
+    one other thread, in the order of the commands.
+    """
 
     def __init__(self, control: ControlSocket) -> None:
-        # Heavy (it loads torch), so it comes after Hello: the server knows at once that we live.
-        from blockflow import program, runtime  # noqa: PLC0415
-
-        self._program = program
-        self._runtime = runtime
         self._control = control
-        self._blocks: dict[str, runtime.Block] = {}
+        self._blocks: dict[str, Block] = {}
+        self._loaded: tuple[Block, ...] = ()
         self._fatal: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[protocol.Done | protocol.Failed] = queue.SimpleQueue()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._hands = ThreadPoolExecutor(1, thread_name_prefix="commands")
+        # Now, because it takes seconds and the first command will need it.
+        self._hands.submit(_import_torch)
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit status."""
         poller = zmq.Poller()
         poller.register(self._control.socket, zmq.POLLIN)
+        poller.register(self._bell, zmq.POLLIN)
         while True:
-            poller.poll(_REPORT_EVERY_MS)
+            if any(ready == self._bell for ready, _ in poller.poll(_REPORT_EVERY_MS)):
+                os.eventfd_read(self._bell)
+            while not self._answers.empty():
+                self._control.say(self._answers.get())
             while (command := self._control.hear()) is not None:
                 if isinstance(command.body, protocol.Stop):
                     self._stop()
                     self._control.say(protocol.Done(command.sequence))
                     return 0
-                self._obey(command)
+                self._hands.submit(self._obey, command)
             if not self._fatal.empty():
                 log.critical("%s", self._fatal.get())
                 return 70
-            reports = tuple(block.report() for block in self._blocks.values())
+            reports = tuple(block.report() for block in self._loaded)
             self._control.say(protocol.WorkerReport(reports))
 
+    def _ring(self) -> None:
+        os.eventfd_write(self._bell, 1)
+
+    def _die(self, reason: str) -> None:
+        self._fatal.put(reason)
+        self._ring()
+
+    # The other thread
+
     def _obey(self, command: protocol.Command) -> None:
+        answer: protocol.Done | protocol.Failed = protocol.Done(command.sequence)
         try:
             match command.body:
                 case protocol.Load() as load:
                     self._load(load)
                 case protocol.Connect(routes=routes):
-                    _finish([block.connect(routes) for block in self._blocks.values()])
+                    _finish([block.connect(routes) for block in self._loaded])
                 case protocol.Retire(routes=routes):
-                    _finish([block.retire(routes) for block in self._blocks.values()])
+                    _finish([block.retire(routes) for block in self._loaded])
                 case other:
                     raise StartFailed(f"a worker does not know the command {other}")
         except Exception as error:  # every failure is the server's to judge
             log.exception("cannot carry out a command")
             known = isinstance(error, BlockFlowError)
             reason = str(error) if known else f"{type(error).__name__}: {error}"
-            self._control.say(protocol.Failed(command.sequence, reason))
-        else:
-            self._control.say(protocol.Done(command.sequence))
+            answer = protocol.Failed(command.sequence, reason)
+        self._answers.put(answer)
+        self._ring()
 
     def _load(self, load: protocol.Load) -> None:
+        from blockflow import program as programs  # noqa: PLC0415
+        from blockflow.runtime import Block  # noqa: PLC0415
+
         store = Store(Path(load.store))
         started = []
         for spec, endpoint in zip(load.blocks, load.endpoints, strict=True):
             try:
-                program = self._program.load(store, spec.digest, spec.device)
+                program = programs.load(store, spec.digest, spec.device)
             except (BlockFlowError, RuntimeError) as error:
                 raise StartFailed(f"block {spec.name} cannot be loaded: {error}") from error
-            block = self._runtime.Block(spec, program, endpoint, self._blocks, self._fatal.put)
+            block = Block(spec, program, endpoint, self._blocks, self._die)
             self._blocks[endpoint] = block
             started.append(block)
         for block in started:
@@ -93,13 +120,18 @@ class Worker:
                 block.start().result()
             except Exception as error:
                 raise StartFailed(f"block {block.spec.name} cannot start: {error}") from error
+        self._loaded = tuple(started)
 
     def _stop(self) -> None:
-        for block in self._blocks.values():
+        for block in self._loaded:
             block.stop()
-        for block in self._blocks.values():
+        for block in self._loaded:
             if not block.join(_STOP_TIMEOUT):
                 log.warning("block %s did not finish in time", block.spec.name)
+
+
+def _import_torch() -> None:
+    from blockflow import runtime  # noqa: F401, PLC0415
 
 
 def _finish(futures: list[Future[None]]) -> None:
