@@ -1,4 +1,4 @@
-"""Who may use an API: bearer tokens that are kept in files.
+"""Who may use an API: those of this host, or those who know a token.
 
 A token is a secret of at least 16 printable characters in a file that only its owner can read.
 """
@@ -6,12 +6,14 @@ A token is a secret of at least 16 printable characters in a file that only its 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import json
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from blockflow.errors import InvalidInput
 
@@ -88,20 +90,70 @@ class RequireToken:
         return bool(scheme.lower() == b"bearer" and matches)
 
 
+class SameHostOnly:
+    """Keep web pages away from an API without authentication (ASGI middleware).
+
+    A page that the user of this host visits may send requests to a loopback address. Where the
+    browser shows the page's origin, `Origin` gives it away; where the page's own name was pointed
+    at 127.0.0.1 (DNS rebinding), `Host` does.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in {"http", "websocket"}:
+            await self._app(scope, receive, send)
+            return
+        problem = _stranger(scope["headers"])
+        if problem is None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await _answer(send, 403, problem)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+
+def _stranger(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    def values(wanted: bytes) -> list[str]:
+        return [value.decode("latin-1") for name, value in headers if name == wanted]
+
+    hosts = values(b"host")
+    if len(hosts) != 1 or not _is_this_host(f"//{hosts[0]}"):
+        said = ", ".join(hosts) or "nothing"
+        return f"the Host header says {said}; this API answers to localhost, 127.0.0.1 and ::1"
+    for origin in values(b"origin"):
+        if origin.lower() not in {f"http://{hosts[0].lower()}", f"https://{hosts[0].lower()}"}:
+            return f"a page of {origin} may not use this API"
+    return None
+
+
+def _is_this_host(url: str) -> bool:
+    try:
+        name = urlsplit(url).hostname or ""
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 async def _refuse(send: Send) -> None:
-    body = json.dumps(
-        {
-            "error": "this API asks for a token: send `Authorization: Bearer <token>` (the command "
-            "line takes it from --token-file or BLOCKFLOW_TOKEN_FILE)",
-            "problems": [],
-        }
-    ).encode()
+    await _answer(
+        send,
+        401,
+        "this API asks for a token: send `Authorization: Bearer <token>` (the command line takes "
+        "it from --token-file or BLOCKFLOW_TOKEN_FILE)",
+        (b"www-authenticate", b'Bearer realm="BlockFlow"'),
+    )
+
+
+async def _answer(send: Send, status: int, error: str, *more: tuple[bytes, bytes]) -> None:
+    body = json.dumps({"error": error, "problems": []}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        (b"www-authenticate", b'Bearer realm="BlockFlow"'),
         # The body of the request was not read.
         (b"connection", b"close"),
+        *more,
     ]
-    await send({"type": "http.response.start", "status": 401, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

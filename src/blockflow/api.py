@@ -10,21 +10,18 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Protocol
-from urllib.parse import urlsplit
 
 import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from blockflow import __version__, edit
+from blockflow import __version__, dashboard, edit, telemetry
 from blockflow import topology as topology_file
-from blockflow.access import RequireToken
+from blockflow.access import RequireToken, SameHostOnly
 from blockflow.devices import Survey, survey
 from blockflow.edit import Change, Terms, Verb
 from blockflow.errors import BlockFlowError, RequestTooLarge, TopologyInvalid
@@ -41,8 +38,6 @@ _log = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset({"/healthz"})
 _PAUSE_SECONDS = 15.0
-
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Controller(Protocol):
@@ -140,7 +135,8 @@ def create_app(controller: Controller, token: str | None = None) -> FastAPI:
     app.include_router(_topology_routes(controller))
     app.include_router(_edit_routes(controller))
     app.include_router(_status_routes(controller))
-    # Further routes (metrics, pages) are mounted here.
+    app.router.routes.append(telemetry.metrics_route(controller))
+    app.router.routes.extend(dashboard.routes())
     return app
 
 
@@ -381,47 +377,6 @@ async def _event_stream(events: AsyncIterator[Event]) -> AsyncIterator[str]:
     finally:
         if coming is not None:
             coming.cancel()
-
-
-class SameHostOnly:
-    """Keep web pages away from an API without authentication (ASGI middleware).
-
-    A page that the user of this host visits may send requests to a loopback address. Where the
-    browser shows the page's origin, `Origin` gives it away; where the page's own name was pointed
-    at 127.0.0.1 (DNS rebinding), `Host` does.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in {"http", "websocket"}:
-            await self._app(scope, receive, send)
-            return
-        problem = _stranger(Headers(scope=scope))
-        if problem is None:
-            await self._app(scope, receive, send)
-        else:
-            await _failure(403, problem)(scope, receive, send)
-
-
-def _stranger(headers: Headers) -> str | None:
-    hosts = headers.getlist("host")
-    if len(hosts) != 1 or _host_name(f"//{hosts[0]}") not in LOOPBACK_HOSTS:
-        said = ", ".join(hosts) or "nothing"
-        known = ", ".join(sorted(LOOPBACK_HOSTS))
-        return f"the Host header says {said}; this API answers to {known}"
-    for origin in headers.getlist("origin"):
-        if origin.lower() not in {f"http://{hosts[0].lower()}", f"https://{hosts[0].lower()}"}:
-            return f"a page of {origin} may not use this API"
-    return None
-
-
-def _host_name(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
 
 
 def _parser(content_type: str) -> Callable[[bytes], Topology]:

@@ -562,6 +562,8 @@ class Controller:
         except StartFailed as error:
             self._journal.write(EventKind.WORKER_FAILED, spec.name, str(error))
             raise
+        if not worker.child.alive:
+            raise StartFailed(f"worker {spec.name} ended as soon as it was ready")
         worker.state = BlockState.READY
         worker.child.on_exit = lambda reason: self._mourn(worker, reason)
         self._journal.write(EventKind.WORKER_READY, spec.name)
@@ -813,6 +815,10 @@ class Controller:
                     await self._forget(old.roads.values())
                 except StartFailed as error:
                     log.warning("the gateway cannot be replaced yet: %s", error)
+                    if self._gateway is not None:  # it lives, but cannot reach the blocks
+                        await self._gateway.kill()
+                        self._supervisor.forget(self._gateway)
+                        self._gateway = None
                 else:
                     log.info("the gateway is back")
                     return
@@ -870,7 +876,7 @@ def _access(options: ServeOptions) -> list[str]:
 
 def _pause(attempt: int) -> float:
     """Seconds before another try: exponential, from half a second to half a minute."""
-    return min(_FIRST_RETRY_SECONDS * 2.0**attempt, _LAST_RETRY_SECONDS)
+    return min(_FIRST_RETRY_SECONDS * 2.0 ** min(attempt, 16), _LAST_RETRY_SECONDS)
 
 
 def _read_manifests(topology: Topology, directory: Path | None) -> dict[Digest, Manifest | str]:

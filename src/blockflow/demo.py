@@ -383,6 +383,7 @@ class _Server:
                     *("--port", str(control)),
                     *("--http-port", str(inference)),
                     *("--run-dir", str(self._run_dir)),
+                    *("--state-dir", str(home / "state")),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,

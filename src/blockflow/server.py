@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -32,6 +31,10 @@ from blockflow.state import State
 log = logging.getLogger(__name__)
 
 _LOCK = "server.lock"
+_OURS = {".sock", ".lock", ".log", ".now"}
+"""What servers and their children put into a run directory."""
+_LONGEST_RUN_DIR = 80
+"""Bytes; a Unix socket's path may have 107, and the names in the directory are short."""
 
 
 def serve(options: ServeOptions) -> None:
@@ -133,24 +136,30 @@ def _run_directory(chosen: Path | None) -> Iterator[Path]:
     """A directory for sockets that only this user can enter, gone afterwards.
 
     Its lock is held as long as this process lives, so that a directory which a killed server left
-    behind is known as such and removed by the next one.
+    behind is known as such and cleared by the next one. Nothing is removed but what servers make.
     """
     if chosen is None:
-        base = _private_directory(_default_base())
-        _sweep(base)
-        run_dir = Path(tempfile.mkdtemp(dir=base))
+        run_dir, lock = _new_run_directory(_private_directory(_default_base()))
     else:
         run_dir = _private_directory(chosen.absolute())
-    lock = _try_lock(run_dir)
-    if lock is None:
-        raise StartFailed(f"another server runs in {run_dir}; choose another --run-dir")
+        if any(run_dir.iterdir()) and not (run_dir / _LOCK).exists():
+            raise StartFailed(
+                f"{run_dir} holds files and is no run directory; choose an empty or new --run-dir"
+            )
+        taken = _try_lock(run_dir)
+        if taken is None:
+            raise StartFailed(f"another server runs in {run_dir}; choose another --run-dir")
+        lock = taken
     try:
-        for left in run_dir.iterdir():
-            if left.name != _LOCK:
-                left.unlink()
+        if len(os.fsencode(run_dir)) > _LONGEST_RUN_DIR:
+            raise StartFailed(
+                f"{run_dir} is too long for the sockets in it: a run directory's path may have "
+                f"{_LONGEST_RUN_DIR} bytes"
+            )
+        _clear(run_dir)
         yield run_dir
     finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
+        _remove(run_dir)
         os.close(lock)
 
 
@@ -189,9 +198,33 @@ def _try_lock(run_dir: Path) -> int | None:
     return lock
 
 
-def _sweep(base: Path) -> None:
-    """Remove the directories of servers that were killed."""
-    for directory in base.iterdir():
-        if directory.is_dir() and (lock := _try_lock(directory)) is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-            os.close(lock)
+def _new_run_directory(base: Path) -> tuple[Path, int]:
+    """A locked directory under `base`, after those that killed servers left are removed."""
+    # Held meanwhile, so that no other server takes the new directory for one left behind.
+    guard = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        for directory in base.iterdir():
+            if directory.is_dir() and (left := _try_lock(directory)) is not None:
+                _remove(directory)
+                os.close(left)
+        run_dir = Path(tempfile.mkdtemp(dir=base))
+        lock = _try_lock(run_dir)
+    finally:
+        os.close(guard)
+    if lock is None:
+        raise StartFailed(f"{run_dir} is locked by another process")
+    return run_dir, lock
+
+
+def _clear(run_dir: Path) -> None:
+    for left in run_dir.iterdir():
+        if left.suffix in _OURS and left.name != _LOCK:
+            left.unlink(missing_ok=True)
+
+
+def _remove(run_dir: Path) -> None:
+    _clear(run_dir)
+    (run_dir / _LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's files keep it in place
+        run_dir.rmdir()

@@ -16,12 +16,14 @@ import os
 import signal
 import socket
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 import uvloop
 
 from blockflow import protocol
+from blockflow.access import SameHostOnly, read_token, require_token
 from blockflow.child import ControlSocket, die_with_parent, start_logging
 from blockflow.errors import BlockFlowError
 from blockflow.gateway.dispatch import BlockDispatcher
@@ -31,6 +33,7 @@ from tensormq import TensorMQError
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY = 0.5
+_HEALTH = ("/v2/health/live", "/v2/health/ready")
 
 
 class Gateway:
@@ -50,10 +53,18 @@ class Gateway:
         )
         limits = Limits(body_bytes=options.max_body_bytes, infer_seconds=options.request_timeout)
         listener = socket.socket(fileno=options.fd)
-        self._url = "http://{}:{}".format(*listener.getsockname()[:2])
+        scheme = "http" if options.tls_cert is None else "https"
+        self._url = "{}://{}:{}".format(scheme, *listener.getsockname()[:2])
+        app = create_app(self._dispatcher, limits)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                create_app(self._dispatcher, limits),
+                (
+                    SameHostOnly(app)
+                    if options.token_file is None
+                    else require_token(app, read_token(options.token_file), _HEALTH)
+                ),
+                ssl_certfile=options.tls_cert,
+                ssl_keyfile=options.tls_key,
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=2,
@@ -121,6 +132,9 @@ def main() -> None:
     parser.add_argument("--queue-depth", type=int, required=True)
     parser.add_argument("--request-timeout", type=float, required=True)
     parser.add_argument("--max-body-bytes", type=int, required=True)
+    parser.add_argument("--token-file", type=Path)
+    parser.add_argument("--tls-cert", type=Path)
+    parser.add_argument("--tls-key", type=Path)
     parser.add_argument("--log-level", default="info")
     options = parser.parse_args()
     die_with_parent(options.parent)
