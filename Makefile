@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test test-gpu browser check clean
 
 setup: $(VENV)/.ready
 
@@ -19,8 +19,17 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup  ## the main job: three tasks on one trunk, then ResNet-50 in four blocks
 	$(BIN)/blockflow demo
 
-test: setup  ## everything that can run on this machine
-	$(BIN)/pytest
+test: setup browser  ## everything that can run on this machine
+	$(BIN)/pytest -m 'not gpu'
+
+test-gpu:  ## what needs an NVIDIA GPU; with the environment's own torch, for wheels differ
+	PYTHONPATH=src python3 -m pytest -m gpu
+
+# The page's tests drive a real browser. Without root and without one they fail and say so.
+browser:
+	@command -v chromium chromedriver >/dev/null 2>&1 || [ "$$(id -u)" != 0 ] || \
+	  ! command -v apt-get >/dev/null 2>&1 || \
+	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) >/dev/null
 
 check: setup  ## what every commit passes: format, lint, types, import layers, fast tests
 	$(BIN)/ruff format --check .

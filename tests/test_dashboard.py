@@ -304,7 +304,8 @@ def test_two_pipelines_through_one_trunk(
         assert page.row("#blocks", "trunk")["Pipelines"] == "one, two"
         carriers = set(page.texts("#graph .hop"))
         assert "shm" in " ".join(carriers)
-        assert page.row("#pipelines", "one")["Requests/s"] == "0"
+        # A rate needs two reports.
+        page.wait(lambda: page.row("#pipelines", "one")["Requests/s"] == "0", "a first rate")
 
         stop = threading.Event()
 
@@ -323,7 +324,7 @@ def test_two_pipelines_through_one_trunk(
                 lambda: page.row("#blocks", "trunk")["Compute"].endswith(" ms"), "compute time"
             )
             assert page.row("#pipelines", "two")["Requests/s"] == "0"
-            assert page.row("#pipelines", "one")["p50"].endswith(" ms")
+            page.wait(lambda: page.row("#pipelines", "one")["p50"].endswith(" ms"), "latency")
             assert page.row("#workers", worker(page))["Host memory"].endswith("MiB")
             picture = page.picture(tmp_path / "page.png")
         finally:

@@ -321,23 +321,26 @@ def test_transformers_tell_what_they_take(tmp_path: Path, monkeypatch: pytest.Mo
 
 # ---------------------------------------------------------------------------------------- memory
 
+# Not getrusage: its peak is that of the parent where that was higher, even after exec.
 MEASURE = """
-import json, resource, sys
+import gc, json, sys
 from pathlib import Path
-import torch
 from blockflow.artifact import Store
 from blockflow.models import resolve
-from blockflow.split import export, split_model
+from blockflow.split import split_model
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 split_model(resolve("resnet18"), 2, Store(Path(sys.argv[1]) / "warm", create=True))
-before = peak()
+gc.collect()
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak until here
+before = resident("VmRSS")
 source = resolve("resnet152")
 size = sum(t.nbytes for t in source.module.state_dict().values())
 split_model(source, 8, Store(Path(sys.argv[1]) / "store", create=True))
-print(json.dumps({"model": size, "peak": peak() - before}))
+print(json.dumps({"model": size, "peak": resident("VmHWM") - before}))
 """
 
 
@@ -347,4 +350,5 @@ def test_splitting_a_large_model_takes_bounded_memory(tmp_path: Path) -> None:
         [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
     )
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found["peak"] <= 3 * found["model"]
+    # At least the model itself: a measurement that sees less is wrong.
+    assert found["model"] <= found["peak"] <= 3 * found["model"]

@@ -36,7 +36,8 @@ from blockflow.topology import Block, BlockName, Generation, Name, Pipeline, Top
 
 _log = logging.getLogger(__name__)
 
-_OPEN_PATHS = frozenset({"/healthz"})
+# The page itself holds no secret: it asks for the token and then for everything else.
+_OPEN_PATHS = frozenset({"/healthz", *(route.path for route in dashboard.routes())})
 _PAUSE_SECONDS = 15.0
 
 

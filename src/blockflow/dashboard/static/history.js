@@ -45,8 +45,10 @@ export class History {
     );
   }
 
-  #what({ verb, outcome, reason, blocks, pipelines }, cell) {
-    const size = `${plural(blocks, "block")}, ${plural(pipelines, "pipeline")}`;
+  #what({ verb, outcome, reason, topology }, cell) {
+    const count = (of) => Object.keys(of).length;
+    const blocks = plural(count(topology.blocks), "block");
+    const size = `${blocks}, ${plural(count(topology.pipelines), "pipeline")}`;
     setAttribute(cell, "data-state", outcome === "failed" ? "failed" : "past");
     return outcome === "failed" ? `${verb} failed: ${reason}` : `${verb}: ${size}`;
   }
