@@ -170,7 +170,7 @@ def test_weights_that_do_not_fit_the_program_are_refused(store: Store) -> None:
                 manifest.files["weights.json"], sha256=_sha256(text), bytes=len(text)
             ),
         }
-        with pytest.raises(StoreCorrupt, match="disagree about '(half|more)'"):
+        with pytest.raises(StoreCorrupt, match=r"disagree about '(half|more)'"):
             read_program(store, msgspec.structs.replace(manifest, files=files))
 
 
