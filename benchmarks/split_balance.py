@@ -144,8 +144,8 @@ def report(found: dict[str, Any]) -> str:
         lines += [
             "",
             (
-                f"ResNet-152 in eight blocks: {took['seconds']:.1f} s; at the peak {ratio:.2f} times "
-                f"the model's {model} more memory than before the model was made."
+                f"ResNet-152 in eight blocks: {took['seconds']:.1f} s; at the peak {ratio:.2f} "
+                f"times the model's {model} more memory than before the model was made."
             ),
         ]
     return "\n".join(lines) + "\n"
