@@ -149,6 +149,15 @@ def test_a_bad_factory_is_named(factories: str, attribute: str, message: str) ->
         resolve(f"{factories}:{attribute}")
 
 
+def test_libraries_that_do_not_import_are_named() -> None:
+    for library in ("torchvision", "timm"):
+        try:
+            __import__(library)
+        except (ImportError, RuntimeError):
+            with pytest.raises(ModelRefused, match=f"needs {library}, which cannot be imported"):
+                resolve(f"{library}:resnet18")
+
+
 def test_a_missing_module_is_named() -> None:
     with pytest.raises(ModelRefused, match="No module named 'nowhere'"):
         resolve("nowhere:net")

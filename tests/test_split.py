@@ -21,7 +21,10 @@ from blockflow.errors import ModelRefused, TopologyInvalid
 from blockflow.models import ModuleSource, ProgramFile, ScriptFile, resolve
 from blockflow.program import load
 from blockflow.split import (
+    AtModules,
     Cost,
+    Everywhere,
+    Where,
     cut_points,
     example,
     export,
@@ -203,7 +206,109 @@ def test_too_many_blocks_says_how_many_are_possible() -> None:
         split(traced(Small()), 0, "model")
 
 
+# ---------------------------------------------------------------------------------- at modules
+
+
+def test_cuts_lie_before_the_modules_that_were_named(store: Store) -> None:
+    module = Small().eval()
+    source = ModuleSource("small", module, (IMAGE,))
+    result = split_model(source, AtModules(("trunk.1", "trunk.0")), store)
+    assert [b.manifest.origin.first for b in result.blocks] == ["conv2d", "conv2d_1", "conv2d_3"]
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        expected = module(x)
+    assert torch.equal(serve(store, [b.digest for b in result.blocks], x=x)["output"], expected)
+
+
+class NormThenRelu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+        self.relu = nn.ReLU(inplace=True)
+        self.last = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.relu(self.conv(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (("layer9",), "has no module 'layer9' that computes; there are: conv, relu, last"),
+        (("conv",), "small begins with conv"),
+        (("relu",), "cannot be cut before relu: the tensor of conv2d .* overwritten .* by relu_"),
+        (("last", "last"), "last and last begin at the same operator"),
+    ],
+)
+def test_modules_where_nothing_can_be_cut(store: Store, names: tuple[str, ...], why: str) -> None:
+    with pytest.raises(ModelRefused, match=why):
+        split_model(ModuleSource("small", NormThenRelu(), (IMAGE,)), AtModules(names), store)
+    assert store.digests() == []
+
+
+def test_every_cut(store: Store) -> None:
+    result = split_model(ModuleSource("small", Small().eval(), (IMAGE,)), Everywhere(1), store)
+    assert len(result.blocks) == 6
+
+
+def test_measured_costs_are_seconds_on_the_device(store: Store) -> None:
+    source = ModuleSource("small", Small().eval(), (IMAGE,))
+    result = split_model(source, 2, store, device="cpu")
+    assert all(0 < block.seconds < 60 for block in result.blocks)
+    cuts = cut_points(traced(Small()), device="cpu")
+    assert all(cut.cost.measured > 0 for cut in cuts)
+    assert all(cut.cost.measured == 0 for cut in cut_points(traced(Small())))
+    with pytest.raises(ModelRefused, match="cannot be timed on cuda:99"):
+        cut_points(traced(Small()), device="cuda:99")
+
+
 # ------------------------------------------------------------------------ what blocks need to know
+
+
+class Tied(nn.Module):
+    """Embedding and output layer are one tensor, and lie in different blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(16, 8)
+        self.middle = nn.Linear(8, 8)
+        self.logits = nn.Linear(8, 16, bias=False)
+        self.logits.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(self.middle(self.words(x)).relu())  # type: ignore[no-any-return]
+
+
+def test_tied_weights_are_in_each_block_that_uses_them(store: Store) -> None:
+    digests = check_equal(store, Tied(), 2, Port("x", "int64", ("batch", 6)))
+    assert all(store.manifest(d).parameter_bytes >= 16 * 8 * 4 for d in digests)
+    files = [store.weights(store.manifest(digest)) for digest in digests]
+    names = [{weight.sha256 for weight in each.values()} for each in files]
+    assert len(names[0] & names[1]) == 1  # and stored once
+
+
+class Unscaled(nn.Module):
+    """An input without rows that every part needs, a tuple, and an output that leaves early."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, None, Tensor]:
+        early = x * scale
+        left, right = (early + 1).contiguous().chunk(2, dim=1)
+        late = (left * right).relu() * scale.sum()
+        return early, None, late.tanh() * scale.sum()
+
+
+def test_inputs_tuples_and_early_outputs_pass_through_blocks(store: Store) -> None:
+    ports = (Port("x", "float32", ("batch", 6)), Port("scale", "float32", (6,)))
+    result = split_model(ModuleSource("unscaled", Unscaled(), ports), 3, store)
+    assert result.inputs == ("x", "scale")
+    assert result.outputs == ("output_0", "output_2")
+    middle = result.blocks[1].manifest
+    assert Port("hidden_0", "float32", (6,)) in middle.inputs
+    x, scale = torch.randn(4, 6), torch.randn(6)
+    expected = Unscaled()(x, scale)
+    found = serve(store, [b.digest for b in result.blocks], x=x, scale=scale)
+    assert torch.equal(found["output_0"], expected[0])
+    assert torch.equal(found["output_2"], expected[2])
 
 
 class Tokens(nn.Module):
@@ -420,7 +525,11 @@ class Nothing(nn.Module):
         (Random(), "do not give the model's results"),
         (Mixing(), "mixes the rows of a batch"),
         (Summing(), "no batch dimension"),
-        (Branching(), "torch.export cannot trace Branching"),
+        (
+            Branching(),
+            r"torch.export cannot trace Branching \(line \d+ of test_split.py, in forward: "
+            r"`return x \* 2 if x.sum\(\) > 0 else x`\): the control flow depends on the data",
+        ),
         (OneSize(), "torch.export cannot trace OneSize: .*batch.*constant"),
         (Numbers(), "returns 3 beside tensors"),
         (Nothing(), "computes nothing"),
@@ -576,6 +685,70 @@ def test_torchscript_becomes_one_block(store: Store, tmp_path: Path) -> None:
         assert torch.equal(serve(store, [block.digest], image=x)["output"], module(x))
 
 
+def test_torchscript_is_cut_at_the_submodules_that_it_calls_in_order(
+    store: Store, tmp_path: Path
+) -> None:
+    module = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)),
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)),
+        nn.Flatten(),
+        nn.Linear(128, 5),
+    )
+    path = scripted(module, tmp_path / "sequence.pt")
+    port = Port("image", "float32", ("batch", 3, 8, 8))
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        expected = module(x)
+    wheres: list[Where] = [2, 4, AtModules(("2", "1")), Everywhere()]
+    for where, count in zip(wheres, (2, 4, 3, 4), strict=True):
+        result = split_model(ScriptFile("sequence", path, (port,)), where, store)
+        assert len(result.blocks) == count
+        assert (result.inputs, result.outputs) == (("image",), ("output",))
+        assert result.blocks[0].manifest.outputs[0].name == "hidden"
+        found = serve(store, [block.digest for block in result.blocks], image=x)
+        assert torch.equal(found["output"], expected)
+    with pytest.raises(ModelRefused, match="1 to 4 blocks, not 5"):
+        split_model(ScriptFile("sequence", path, (port,)), 5, store)
+    with pytest.raises(ModelRefused, match="cannot be cut before '7': it can be before 1, 2, 3"):
+        split_model(ScriptFile("sequence", path, (port,)), AtModules(("7",)), store)
+
+
+class CallsTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x))  # type: ignore[no-any-return]
+
+
+class Shortcut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(6, 6)
+        self.two = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.one(x)
+        return self.two(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (CallsTwice(), "it calls layer twice"),
+        (Shortcut(), "its two takes something else than the previous output"),
+        (nn.ReLU(), "beside calling submodules it computes"),
+    ],
+)
+def test_torchscript_that_is_no_sequence_says_why(
+    store: Store, tmp_path: Path, module: nn.Module, why: str
+) -> None:
+    path = scripted(module, tmp_path / "model.pt")
+    with pytest.raises(ModelRefused, match=why):
+        split_model(ScriptFile("model", path, (ROW,)), 2, store)
+
+
 class ScriptedTwo(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"b": x.relu_(), "a": x + 1}
@@ -607,6 +780,24 @@ def test_torchscript_that_loses_rows_is_refused(store: Store, tmp_path: Path) ->
     path = scripted(Summing(), tmp_path / "sum.pt")
     with pytest.raises(ModelRefused, match="no batch dimension"):
         split_model(ScriptFile("sum", path, (ROW,)), 1, store)
+
+
+def test_clients_see_the_models_own_names(store: Store) -> None:
+    class Renamed(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, picture: Tensor) -> dict[str, Tensor]:
+            return {"scores": self.inner(picture)}
+
+    first = split_model(ModuleSource("one", Small().eval(), (IMAGE,)), 2, store)
+    picture = Port("picture", "float32", IMAGE.shape)
+    second = split_model(ModuleSource("two", Renamed(Small()).eval(), (picture,)), 2, store)
+    assert [b.digest for b in first.blocks] == [b.digest for b in second.blocks]
+    for result, names in ((first, ("x", "output")), (second, ("picture", "scores"))):
+        pipeline = topology_for(result, "main").pipelines["main"]
+        assert (pipeline.inputs, pipeline.outputs) == ((names[0],), (names[1],))
 
 
 def test_a_topology_runs_the_blocks_in_order(store: Store) -> None:

@@ -31,19 +31,19 @@ class Many(nn.Module):
         self.weight = nn.Parameter(torch.randn(4, 4, generator=generator))
         self.tied = self.weight
         self.transposed = nn.Parameter(torch.randn(4, 3, generator=generator).t().detach())
-        self.half: Tensor
+        self.halved: Tensor
         self.bfloat: Tensor
         self.number: Tensor
         self.flags: Tensor
         self.empty: Tensor
-        self.register_buffer("half", torch.randn(4, generator=generator).half())
+        self.register_buffer("halved", torch.randn(4, generator=generator).half())
         self.register_buffer("bfloat", torch.randn(4, generator=generator).bfloat16())
         self.register_buffer("number", torch.tensor(3))
         self.register_buffer("flags", torch.tensor([True, False, True, True]))
         self.register_buffer("empty", torch.zeros(0, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x @ self.weight + self.half + self.bfloat * self.number
+        y = x @ self.weight + self.halved + self.bfloat * self.number
         y = torch.where(self.flags, y @ self.tied, y) + self.empty.sum()
         return torch.nn.functional.linear(y, self.transposed)
 
@@ -117,7 +117,7 @@ def test_a_program_file_holds_no_weights(store: Store) -> None:
 
 def test_tensor_files_are_safetensors(store: Store) -> None:
     manifest = put(store, Many())
-    weight = store.weights(manifest)["half"]
+    weight = store.weights(manifest)["halved"]
     content = store.tensor_path(weight.sha256).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -126,7 +126,7 @@ def test_tensor_files_are_safetensors(store: Store) -> None:
     assert len(content) == 8 + length + 8
     safetensors = pytest.importorskip("safetensors.torch")
     loaded = safetensors.load(content)["tensor"]
-    assert torch.equal(loaded, Many().half)
+    assert torch.equal(loaded, Many().halved)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_weights_that_do_not_fit_the_program_are_refused(store: Store) -> None:
     manifest = put(store, Many())
     weights = store.weights(manifest)
     wrong = dict(weights)
-    del wrong["half"]
+    del wrong["halved"]
     for listed in (
         wrong,
-        {**weights, "half": weights["flags"]},
-        {**weights, "more": weights["half"]},
+        {**weights, "halved": weights["flags"]},
+        {**weights, "more": weights["halved"]},
     ):
         text = msgspec.json.encode(listed)
         path = store.path(A) / "weights.json"
@@ -170,7 +170,7 @@ def test_weights_that_do_not_fit_the_program_are_refused(store: Store) -> None:
                 manifest.files["weights.json"], sha256=_sha256(text), bytes=len(text)
             ),
         }
-        with pytest.raises(StoreCorrupt, match=r"disagree about '(half|more)'"):
+        with pytest.raises(StoreCorrupt, match=r"disagree about '(halved|more)'"):
             read_program(store, msgspec.structs.replace(manifest, files=files))
 
 

@@ -233,13 +233,8 @@ ZOO: dict[str, Callable[[], ModuleSource]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in {"vit", "gpt2"} else [pytest.mark.slow])
-        for name in ZOO
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
 def test_cut_models_are_the_models(store: Store, name: str) -> None:
     source = ZOO[name]()
     program = export(source.module, source.inputs)

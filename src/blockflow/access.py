@@ -31,15 +31,17 @@ def read_token(path: Path) -> str:
     """
     # One open: the file that is checked is the one that is read.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        found = os.fstat(file.fileno())
+    try:
+        found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise InvalidInput(f"{path} is no file")
         if found.st_uid not in {os.getuid(), 0} or stat.S_IMODE(found.st_mode) & 0o077:
             raise InvalidInput(
                 f"{path} holds a secret that others may read; `chmod 600 {path}` as its owner"
             )
-        content = file.read(_MOST + 1)
+        content = os.read(fd, _MOST + 1)
+    finally:
+        os.close(fd)
     token = content.strip().decode("ascii", "replace")
     if len(token) < _LEAST or len(content) > _MOST:
         raise InvalidInput(f"the token in {path} must have {_LEAST} to {_MOST} characters")

@@ -221,7 +221,8 @@ def _draw_png(shown: Profile, path: Path) -> None:
         total.plot(range(count + 1), values, color=colour, linewidth=2, label=label)
     total.set_ylabel("done so far, %", color=_TEXT)
     total.set_ylim(0, 103)
-    total.legend(frameon=False, loc="upper left", fontsize=9)
+    if total.lines:  # a model without weights and costs has nothing to explain
+        total.legend(frameon=False, loc="upper left", fontsize=9)
 
     sizes = [max(cut.row_bytes, 1) for cut in shown.cuts]
     places = [cut.place for cut in shown.cuts]

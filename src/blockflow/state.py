@@ -130,7 +130,7 @@ class State:
             )
             # However many attempts failed since, what serves is never forgotten.
             database.execute(
-                "DELETE FROM generations WHERE number <= ? AND number < "
+                "DELETE FROM generations WHERE number <= ? AND number != "
                 "(SELECT max(number) FROM generations WHERE outcome = 'applied')",
                 (number - _REMEMBERED,),
             )

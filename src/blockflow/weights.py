@@ -108,7 +108,9 @@ def _without_weights(program: ExportedProgram) -> Iterator[None]:
         for table in tables:
             for name, value in table.items():
                 if isinstance(value, Tensor):
-                    empty = torch.zeros((), dtype=value.dtype).expand(value.shape)
+                    # Of nothing there is nothing to repeat, and torch miscounts it.
+                    one = torch.zeros(() if value.numel() else (0,), dtype=value.dtype)
+                    empty = one.expand(value.shape) if value.numel() else one.view(value.shape)
                     is_parameter = isinstance(value, nn.Parameter)
                     table[name] = nn.Parameter(empty, False) if is_parameter else empty
         yield

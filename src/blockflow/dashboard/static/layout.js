@@ -134,9 +134,19 @@ function order({ layers, routes }) {
     layers[i] = layer;
     number(layer);
   });
-  // The same order of lines in every block: lines that run beside each other do not cross.
+  // Lines that part are in the order in which they part, and in the same order in every block:
+  // so those that run beside each other do not cross.
+  layers[0].sort((a, b) => compareRoutes(routes.get(a.name), routes.get(b.name)));
+  number(layers[0]);
   const rank = new Map(layers[0].filter((n) => n.kind === "source").map((n, i) => [n.name, i]));
   for (const node of layers.flat()) node.lines.sort((a, b) => rank.get(a) - rank.get(b));
+}
+
+function compareRoutes(one, other) {
+  for (let i = 1; i < Math.min(one.length, other.length); i += 1) {
+    if (one[i] !== other[i]) return one[i].place - other[i].place;
+  }
+  return one.length - other.length;
 }
 
 function crossings(layers, after) {
