@@ -527,8 +527,10 @@ class Nothing(nn.Module):
         (Summing(), "no batch dimension"),
         (
             Branching(),
-            r"torch.export cannot trace Branching \(line \d+ of test_split.py, in forward: "
-            r"`return x \* 2 if x.sum\(\) > 0 else x`\): the control flow depends on the data",
+            (
+                r"torch.export cannot trace Branching \(line \d+ of test_split.py, in forward: "
+                r"`return x \* 2 if x.sum\(\) > 0 else x`\): the control flow depends on the data"
+            ),
         ),
         (OneSize(), "torch.export cannot trace OneSize: .*batch.*constant"),
         (Numbers(), "returns 3 beside tensors"),
