@@ -562,7 +562,12 @@ def ask_at_once(client: InferenceClient, digits: Digits) -> dict[str, Array]:
 
     with ThreadPoolExecutor(len(TASKS)) as threads:
         names = [task.name for task in TASKS]
-        return dict(zip(names, threads.map(ask, names), strict=True))
+        try:
+            return dict(zip(names, threads.map(ask, names), strict=True))
+        except BaseException:
+            # A signal may arrive before all of them were started: nobody may wait for the rest.
+            together.abort()
+            raise
 
 
 @dataclass(frozen=True)
