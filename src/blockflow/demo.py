@@ -146,7 +146,8 @@ def _run_in(home: Path, console: Console) -> None:
         if comparison.blocks["trunk"].pid != blocks["trunk"].pid:
             raise BlockFlowError("the shared trunk was restarted by an update that kept it")
         again = inference.infer("digit", {"image": requests_of(digits)[0]})["output"]
-        if not np.array_equal(again, answers["digit"][: len(again)]):
+        # Not to the last bit: the first time, images of other tasks were in the same batch.
+        if not np.allclose(again, answers["digit"][: len(again)], atol=TOLERANCE):
             raise BlockFlowError("the update changed an answer of the pipeline `digit`")
         console.print(
             f"The trunk still is process {blocks['trunk'].pid}, and `digit` answers as before."
