@@ -131,7 +131,7 @@ def test_resnet50_in_four(store: Store) -> None:
     assert sum(b.manifest.parameter_bytes for b in result.blocks) == weights + buffers
     assert sum(b.manifest.flops for b in result.blocks) == pytest.approx(2 * 4.09e9, rel=0.01)
     times = [block.seconds for block in result.blocks]
-    assert max(times) < 1.2 * min(times)
+    assert max(times) < 1.25 * sum(times) / len(times)  # by the model, not by a clock
     assert [b.name for b in result.blocks] == [f"resnet50-{n}of4" for n in (1, 2, 3, 4)]
     assert lines[0] == "resnet50: exporting"
     assert "resnet50: comparing 4 blocks with the model" in lines
