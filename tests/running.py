@@ -6,21 +6,27 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import psutil
 import torch
 import yaml
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from blockflow import models
 from blockflow.artifact import Port, Store
 from blockflow.client import ControlClient, InferenceClient
 from blockflow.errors import BlockFlowError
-from blockflow.split import export, split, store_blocks
+from blockflow.split import export, split, split_model, store_blocks, topology_for
+
+Floats = NDArray[np.float32]
 
 DEVICE_PORT = Port("x", "float32", ("batch", 16))
 
@@ -166,3 +172,73 @@ class Server:
         if error is not None and self.log.exists():
             print(self.log.read_text())  # noqa: T201 - shown with the failure
         self.close()
+
+
+def answer(model: nn.Module, x: Floats) -> Floats:
+    with torch.inference_mode():
+        computed: Floats = model.eval()(torch.from_numpy(x)).numpy()
+        return computed
+
+
+def some_rows(rows: int = 1, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal((rows, 16), np.float32)
+
+
+class Load:
+    """Requests without a pause from a thread, each answer checked, until told to stop."""
+
+    def __init__(self, server: Server, pipeline: str, model: nn.Module) -> None:
+        self.good = 0
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._arguments = server.http_port, pipeline, model
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        port, pipeline, model = self._arguments
+        x = some_rows(2, seed=3)
+        expected = answer(model, x)
+        with InferenceClient(f"http://127.0.0.1:{port}", timeout=30) as client:
+            while not self._stop.is_set():
+                try:
+                    got = client.infer(pipeline, {"x": x})["output"]
+                except BlockFlowError as error:
+                    self.failures.append(f"{type(error).__name__}: {error}")
+                    time.sleep(0.05)
+                else:
+                    if np.allclose(got, expected, atol=1e-5):
+                        self.good += 1
+                    else:
+                        self.failures.append(f"a wrong answer: {got}")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def four_blocks(store: Store, device: str) -> tuple[dict[str, Any], Floats, Floats]:
+    """A topology of ResNet-50 in four blocks, an input, and the whole network's answer to it."""
+    source = models.resolve("resnet50")
+    assert isinstance(source, models.ModuleSource)
+    wanted = topology_for(split_model(source, 4, store), "resnet50", device=device)
+    x = np.random.default_rng(0).standard_normal((2, 3, 224, 224), np.float32)
+    with torch.inference_mode():
+        whole = source.module.eval().to(device)
+        expected = whole(torch.from_numpy(x).to(device)).cpu().numpy()
+    return {**wanted.model_dump(exclude_none=True), "store": str(store.root)}, x, expected
+
+
+def channels_between_blocks(server: Server, messages: int) -> list[dict[str, Any]]:
+    """The channels of a pipeline of four workers, once they have reported so many messages."""
+
+    def between() -> list[dict[str, Any]]:
+        blocks = server.control.blocks()
+        assert len({block["pid"] for block in blocks}) == 4
+        return [c for b in blocks for c in b["channels"] if c["peer"] != "gateway"]
+
+    wait_for(lambda: [c["messages"] for c in between()] == [messages] * 3, 5, "reports")
+    return between()

@@ -29,6 +29,7 @@ from blockflow.artifact import (
     StoredWeight,
     tensor_name,
 )
+from blockflow.client import ControlClient
 from blockflow.errors import StartFailed, TopologyInvalid
 from blockflow.gateway.http import create_app as create_gateway
 from blockflow.options import ServeOptions
@@ -103,7 +104,7 @@ def test_version() -> None:
 
 def test_help_lists_every_verb() -> None:
     output = run("--help").output
-    for verb in ("split", "store", "serve", "apply", "status", "infer", "demo"):
+    for verb in ("split", "inspect", "store", "share", "serve", "apply", "status", "infer", "demo"):
         assert verb in output
 
 
@@ -558,6 +559,17 @@ def test_store_gc_keeps_what_a_running_server_uses(
     assert stored.digests() == [digest]
 
 
+def test_store_gc_keeps_what_a_server_can_be_rolled_back_to(
+    stored: Store, control: str, controller: FakeController
+) -> None:
+    before = Topology(blocks={"a": Block(artifact=f"sha256-{'a' * 64}")})
+    for topology in (before, Topology()):
+        with ControlClient(control) as client:
+            client.put_topology(topology.model_dump(mode="json"))
+    assert run("store", "gc", "--store", stored.root, "--server", control).exit_code == 0
+    assert stored.digests() == [f"sha256-{'a' * 64}"]
+
+
 def test_store_gc_removes_nothing_when_the_server_does_not_answer(
     stored: Store, closed: str
 ) -> None:
@@ -570,3 +582,146 @@ def test_store_gc_of_everything(stored: Store) -> None:
     assert run("store", "gc", "--store", stored.root, "--all").exit_code == 0
     assert stored.digests() == []
     assert stored.tensors() == {}
+
+
+# ------------------------------------------------------------------------------------ sharing
+
+
+def test_share_says_which_weights_artifacts_have_in_common(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", create=True)
+    first = put(store, "a", b"one weight of all")
+    put(store, "b", b"one weight of all", index=1)
+    put(store, "c", b"another")
+    (tmp_path / "topology.yaml").write_text(
+        dump(
+            Topology(
+                blocks={"trunk": Block(artifact=first)},
+                pipelines={"p": Pipeline(blocks=("trunk",)), "q": Pipeline(blocks=("trunk",))},
+            )
+        )
+    )
+    result = run("share", store.root, "-t", tmp_path / "topology.yaml")
+    assert result.exit_code == 0
+    words = result.output.split()
+    assert {"aaaaaaaaaaaa", "bbbbbbbbbbbb"} <= set(words)
+    assert "cccccccccccc" not in words
+    assert "equal weights are stored once: 17 B saved" in result.output
+    assert "topology.yaml: trunk" in result.output
+    assert "p, q" in result.output
+
+
+def test_share_says_so_when_nothing_is_shared(stored: Store) -> None:
+    assert run("share", stored.root).output == "no two artifacts hold equal weights\n"
+
+
+FAMILY = """
+import torch
+
+class Variant(torch.nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Linear(64, 4))
+        torch.manual_seed(head)
+        self.head = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(self.trunk(x))
+
+def make(head):
+    module = Variant(head)
+    module.example_inputs = {"x": torch.zeros(2, 4)}
+    return module
+
+def one(): return make(1)
+def two(): return make(2)
+def other():
+    module = make(3)
+    torch.nn.init.zeros_(module.trunk[0].weight)
+    return module
+"""
+
+
+@pytest.fixture
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "family_of_models.py").write_text(FAMILY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("family_of_models", None)
+
+
+def test_split_shares_blocks_and_prints_the_tree(family: Path) -> None:
+    models = [f"family_of_models:{name}" for name in ("one", "two")]
+    result = run("split", *models, "--share", "--store", "store", "-o", "topology.yaml")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 100
+    for words in ("trunk  2.3 kB", "shared by one, two", "→ one", "→ two", "48.3%"):
+        assert words in result.output
+    topology = parse((family / "topology.yaml").read_text())
+    assert set(topology.blocks) == {"trunk", "one-2of2", "two-2of2"}
+    assert topology.pipelines["one"].blocks == ("trunk", "one-2of2")
+    assert topology.pipelines["two"].blocks == ("trunk", "two-2of2")
+    store = Store(family / "store")
+    manifests: dict[Digest, Manifest | str] = {each: store.verify(each) for each in store.digests()}
+    assert validate(topology, manifests, ["cpu"]) == []
+
+
+def test_split_says_so_when_models_have_nothing_in_common(family: Path) -> None:
+    models = [f"family_of_models:{name}" for name in ("one", "other")]
+    result = run("split", *models, "--share", "--store", "store", "-o", "topology.yaml")
+    assert result.exit_code == 0, result.output
+    assert "the models have nothing in common" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a:b", "c:d", "-n", "2"], "2 models are split together with --share only"),
+        (["a:b", "--share", "--name", "p"], "--share goes with --blocks alone"),
+        (["a:b"], "say how to split"),
+        (["a:b", "-n", "2", "--every"], "say how to split"),
+    ],
+)
+def test_split_refuses_options_that_do_not_fit(arguments: list[str], words: str) -> None:
+    (line,) = refused(run("split", *arguments))
+    assert words in line
+
+
+# ------------------------------------------------------------------------------------ inspect
+
+
+def test_inspect_shows_cut_points_and_draws_them(family: Path) -> None:
+    model = "family_of_models:one"
+    result = run("inspect", model)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines()[1:])) <= 80
+    assert "✂" not in result.output
+    lines = run("inspect", model, "-n", 2, "--plot", "net.html").output.splitlines()
+    assert sum("✂ block 1" in line for line in lines) == 1
+    assert lines[-3].startswith("block 1: ")
+    assert lines[-2].startswith("block 2: ")
+    assert lines[-1] == "the picture is in net.html"
+    assert "<svg" in (family / "net.html").read_text()
+
+
+def test_inspect_shows_an_artifact(family: Path) -> None:
+    model = "family_of_models:one"
+    assert run("split", model, "-n", 1, "--store", "store", "-o", "t.yaml").exit_code == 0
+    (digest,) = Store(family / "store").digests()
+    result = run("inspect", digest[:20])
+    assert result.exit_code == 0, result.output
+    for words in (digest, "one, block 1 of 1", "batch×4", "weights.json"):
+        assert words in result.output
+    again = run("inspect", digest, "-n", 2)
+    assert "✂ block 1" in again.output
+
+
+def test_inspect_refuses_before_it_works(stored: Store) -> None:
+    (line,) = refused(run("inspect", "resnet18", "--plot", "net.gif"))
+    assert "name a .png or an .html file" in line
+    (line,) = refused(run("inspect", "cccc", "--store", stored.root))
+    assert "has no artifact cccc" in line
+    (stored.path(f"sha256-{'b' * 64}") / "program.pt2").write_bytes(b"x")
+    (line,) = refused(run("inspect", "bbbb", "--store", stored.root))
+    assert "program.pt2 is damaged" in line

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
@@ -17,9 +16,8 @@ import psutil
 import pytest
 import torch
 import tritonclient.http as triton
-from torch import nn
 
-from blockflow import ledger, models
+from blockflow import ledger
 from blockflow.artifact import Port, Store
 from blockflow.client import InferenceClient
 from blockflow.errors import (
@@ -29,8 +27,21 @@ from blockflow.errors import (
     TopologyInvalid,
     Unavailable,
 )
-from blockflow.split import split_model, topology_for
-from running import Fragile, Mlp, Server, Slow, free_port, store_model, topology, wait_for
+from running import (
+    Fragile,
+    Load,
+    Mlp,
+    Server,
+    Slow,
+    answer,
+    channels_between_blocks,
+    four_blocks,
+    free_port,
+    some_rows,
+    store_model,
+    topology,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -51,15 +62,6 @@ def directory(run_dir: Path) -> Path:
     return run_dir
 
 
-def answer(model: nn.Module, x: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return model.eval()(torch.from_numpy(x)).numpy()
-
-
-def some_rows(rows: int = 1, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((rows, 16), np.float32)
-
-
 def is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -67,67 +69,8 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-class Load:
-    """Requests without a pause from a thread, each answer checked, until told to stop."""
-
-    def __init__(self, server: Server, pipeline: str, model: nn.Module) -> None:
-        self.good = 0
-        self.failures: list[str] = []
-        self._stop = threading.Event()
-        self._arguments = server.http_port, pipeline, model
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        port, pipeline, model = self._arguments
-        x = some_rows(2, seed=3)
-        expected = answer(model, x)
-        with InferenceClient(f"http://127.0.0.1:{port}", timeout=30) as client:
-            while not self._stop.is_set():
-                try:
-                    got = client.infer(pipeline, {"x": x})["output"]
-                except BlockFlowError as error:
-                    self.failures.append(f"{type(error).__name__}: {error}")
-                    time.sleep(0.05)
-                else:
-                    assert np.allclose(got, expected, atol=1e-5)
-                    self.good += 1
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-def four_blocks(store: Store, device: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """A topology of ResNet-50 in four blocks, an input, and the whole network's answer to it."""
-    source = models.resolve("resnet50")
-    assert isinstance(source, models.ModuleSource)
-    wanted = topology_for(split_model(source, 4, store), "resnet50", device=device)
-    x = np.random.default_rng(0).standard_normal((2, 3, 224, 224), np.float32)
-    with torch.inference_mode():
-        whole = source.module.eval().to(device)
-        expected = whole(torch.from_numpy(x).to(device)).cpu().numpy()
-    return {**wanted.model_dump(exclude_none=True), "store": str(store.root)}, x, expected
-
-
-def channels_between_blocks(server: Server, messages: int) -> list[dict[str, Any]]:
-    """The channels of a pipeline of four workers, once they have reported so many messages."""
-
-    def between() -> list[dict[str, Any]]:
-        blocks = server.control.blocks()
-        assert len({block["pid"] for block in blocks}) == 4
-        return [c for b in blocks for c in b["channels"] if c["peer"] != "gateway"]
-
-    wait_for(lambda: [c["messages"] for c in between()] == [messages] * 3, 5, "reports")
-    return between()
-
-
 def test_resnet50_in_four_blocks_equals_the_monolith(store: Store, directory: Path) -> None:
     """Through the public Triton client, binary and JSON."""
-
     wanted, x, expected = four_blocks(store, "cpu")
     with Server(directory, wanted) as server:
         server.wait_ready(120)
@@ -143,20 +86,6 @@ def test_resnet50_in_four_blocks_equals_the_monolith(store: Store, directory: Pa
         finally:
             client.close()
         assert {c["carrier"] for c in channels_between_blocks(server, 2)} == {"shm"}
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_no_byte_between_blocks_passes_the_host(store: Store, directory: Path) -> None:
-    wanted, x, expected = four_blocks(store, "cuda:0")
-    with Server(directory, wanted) as server:
-        server.wait_ready(180)
-        for _ in range(20):
-            got = server.inference.infer("resnet50", {"x": x})["output"]
-            np.testing.assert_allclose(got, expected, atol=1e-3)
-        between = channels_between_blocks(server, 20)
-        assert {c["carrier"] for c in between} == {"cuda_ipc"}
-        assert sum(c["host_bytes"] for c in between) == 0
-        assert all(c["bytes"] > 0 for c in between)
 
 
 def test_two_pipelines_share_one_copy_of_a_block(

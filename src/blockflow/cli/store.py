@@ -1,5 +1,4 @@
 """Verbs about the artifact store: `store ls`, `store verify`, `store gc`, `share`."""
-# ruff: noqa: PLC0415  imports inside the verbs keep what they need out of the others
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from blockflow.artifact import Store
 from blockflow.cli.command import app, read_topology, verb
+from blockflow.cli.server import CaFile, TokenFile, connect
 from blockflow.cli.text import print_table, short_digest, size
 from blockflow.errors import InvalidInput, StoreCorrupt
 from blockflow.topology import Topology, parse
@@ -20,6 +20,8 @@ store_app = typer.Typer(help="Look into the artifact store, check it, and clean 
 app.add_typer(store_app, name="store", no_args_is_help=True)
 
 StoreOption = Annotated[Path, typer.Option("--store", help="directory of the artifact store")]
+_HISTORY = 500  # generations: all that a server remembers
+
 ServerOption = Annotated[
     str | None, typer.Option(help="management address of a server whose topology counts as well")
 ]
@@ -34,10 +36,12 @@ def list_artifacts(
         typer.Option("--topology", "-t", help="say which artifacts this topology file uses"),
     ] = None,
     server: ServerOption = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
 ) -> None:
     """List the artifacts with where they were cut from, their costs, and what uses them."""
     place = Store(store)
-    users = _users(_topologies(topologies or (), server))
+    users = _users(_topologies(topologies or (), server, token_file, ca_file))
     rows = []
     damaged = []
     for digest in place.digests():
@@ -107,6 +111,8 @@ def collect_garbage(
         typer.Option("--keep", "-k", help="topology file whose artifacts stay; may be repeated"),
     ] = None,
     server: ServerOption = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Remove all artifacts that nothing else keeps.")
     ] = False,
@@ -114,6 +120,8 @@ def collect_garbage(
     store: StoreOption = Path("store"),
 ) -> None:
     """Remove the artifacts and weights that no topology named here uses.
+
+    Of a server, what it serves and what its history remembers stays: it can be rolled back to.
 
     Waits for writers at work; a `split` that has not written its topology yet loses nothing.
     """
@@ -123,7 +131,7 @@ def collect_garbage(
             "--server URL for a running server; or --all to remove everything"
         )
     place = Store(store)
-    used = _users(_topologies(keep or (), server))
+    used = _users(_topologies(keep or (), server, token_file, ca_file, history=True))
     before = {digest: _origin(place, digest) for digest in place.digests()}
     garbage = place.collect(used, dry_run=dry_run)
     would = "would be " if dry_run else ""
@@ -145,6 +153,8 @@ def share(
         typer.Option("--topology", "-t", help="say which pipelines of this file share blocks"),
     ] = None,
     server: ServerOption = None,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
 ) -> None:
     """Say what the artifacts of STORE have in common, and what is saved by storing it once.
 
@@ -169,7 +179,7 @@ def share(
     print_table(
         console,
         ("artifact", ">MB", "~block", "~pipelines that share it"),
-        _shared_blocks(place, _topologies(topologies or (), server)),
+        _shared_blocks(place, _topologies(topologies or (), server, token_file, ca_file)),
     )
     if overlaps:
         console.print()
@@ -206,14 +216,27 @@ def _shared_blocks(
                 )
 
 
-def _topologies(files: Iterable[Path], server: str | None) -> list[tuple[str, Topology]]:
-    """Each topology with what to call it: the file's name, or "server"."""
+def _topologies(
+    files: Iterable[Path],
+    server: str | None,
+    token_file: Path | None,
+    ca_file: Path | None,
+    *,
+    history: bool = False,
+) -> list[tuple[str, Topology]]:
+    """Each topology with what to call it: the file's name, or "server".
+
+    With `history`, those that the server could be rolled back to as well.
+    """
     found = [(path.name, read_topology(path)) for path in files]
     if server is not None:
-        from blockflow.client import ControlClient
-
-        with ControlClient(server, timeout=30) as client:
+        with connect(server, token_file, ca_file, timeout=30) as client:
             found.append(("server", parse(client.topology()["topology"])))
+            if history:
+                found += [
+                    (f"generation {each['generation']}", parse(each["topology"]))
+                    for each in client.history(limit=_HISTORY)
+                ]
     return found
 
 

@@ -1,0 +1,491 @@
+"""The control plane as operators meet it: real processes, updated, killed, stopped, restarted."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor, nn
+
+from blockflow.artifact import Store
+from blockflow.client import ControlClient, InferenceClient
+from blockflow.edit import Conflict, StaleGeneration
+from blockflow.errors import BlockFlowError, DeadlineExceeded, InvalidInput, TopologyInvalid
+from running import (
+    Load,
+    Mlp,
+    Server,
+    Slow,
+    answer,
+    free_port,
+    some_rows,
+    store_model,
+    topology,
+    wait_for,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+OPERATOR = "a-secret-for-operators"
+CUSTOMER = "a-secret-for-customers"
+
+KILLS = int(os.environ.get("BLOCKFLOW_TEST_KILLS", "6"))
+"""How often the server is killed during updates."""
+
+
+class Endless(nn.Module):
+    """float32[batch, 16] → float32[batch, 16]; computes for a quarter of a minute or more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        big = x.new_ones(2400, 2400)
+        for _ in range(80):
+            big = (big @ big) * 1e-4
+        return x + big.sum() * 0
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"), create=True)
+
+
+@pytest.fixture(scope="module")
+def mlp(store: Store) -> list[str]:
+    """The digests of `Mlp()` in three blocks."""
+    return store_model(store, Mlp(), 3)
+
+
+@pytest.fixture
+def base(store: Store, mlp: list[str]) -> dict[str, Any]:
+    return topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
+
+
+def what_serves(server: Server) -> tuple[int, Mapping[str, Any]]:
+    current = server.control.topology()
+    return current["generation"], current["topology"]
+
+
+def follow(server: Server) -> list[dict[str, Any]]:
+    """A list that grows as events happen, for as long as the server lives."""
+    events: list[dict[str, Any]] = []
+
+    def read() -> None:
+        try:
+            with ControlClient(f"http://127.0.0.1:{server.control_port}") as client:
+                for event in client.events():
+                    events.append(event)  # noqa: PERF402 - seen as they come
+        except BlockFlowError:
+            pass  # the server was killed
+
+    threading.Thread(target=read, daemon=True).start()
+    return events
+
+
+def test_twenty_updates_of_every_kind_under_load(
+    store: Store, mlp: list[str], base: dict[str, Any], directory: Path
+) -> None:
+    """Nothing fails, every answer is right, and the verbs say what they did."""
+    others = store_model(store, Mlp(seed=5), 3)
+    x = some_rows(3)
+    with Server(directory, base) as server:
+        server.wait_ready()
+        events = follow(server)
+        control = server.control
+        first = control.topology()["topology"]
+
+        def asks(pipeline: str, model: nn.Module) -> None:
+            got = server.inference.infer(pipeline, {"x": x})["output"]
+            np.testing.assert_allclose(got, answer(model, x), atol=1e-5)
+
+        pieces = [f"other{number}" for number in range(3)]
+        moved = {**base, "blocks": {n: {**b, "worker": "w"} for n, b in base["blocks"].items()}}
+        add = [
+            lambda n=name, d=digest: control.deploy("block", n, {"artifact": d})  # type: ignore[misc]
+            for name, digest in zip(pieces, others, strict=True)
+        ]
+        steps: list[Callable[[], Any]] = [
+            *add,
+            lambda: control.deploy("pipeline", "b", {"blocks": pieces}),
+            lambda: control.configure("block", "two", {"max_batch": 4}),
+            lambda: control.configure("block", "two", {"max_batch": None}),
+            lambda: control.restart("two"),
+            lambda: control.configure("block", "one", {"worker": "together"}),
+            lambda: control.configure("block", "two", {"worker": "together"}),
+            lambda: control.restart("one"),
+            lambda: control.configure("block", "one", {"worker": None}),
+            lambda: control.configure("pipeline", "b", {"outputs": ["label"]}),
+            lambda: control.delete("pipeline", "b"),
+            control.rollback,
+            lambda: control.delete("block", "other1", cascade=True),
+            lambda: control.put_topology(moved),
+            control.rollback,
+            lambda: control.put_topology(base),
+            lambda: control.deploy("pipeline", "c", {"blocks": ["one", "two", "three"]}),
+            lambda: control.delete("pipeline", "c"),
+        ]
+        assert len(steps) == 20
+        with Load(server, "a", Mlp()) as load, Load(server, "a", Mlp()) as other:
+            for number, step in enumerate(steps):
+                good = load.good
+                before, _ = what_serves(server)
+                result = step()
+                assert result["generation"] in {before, before + 1}
+                assert result["actions"]
+                assert control.ready(), number
+                if number in {3, 6, 9}:
+                    asks("b", Mlp(seed=5))
+                wait_for(lambda good=good: load.good > good + 3, 10, "answers")  # type: ignore[misc]
+        assert load.failures == other.failures == []
+        assert what_serves(server)[1] == first
+
+        with pytest.raises(Conflict, match="block one is used by pipeline a"):
+            control.delete("block", "one")
+        with pytest.raises(StaleGeneration, match="generation 19 serves, not 2"):
+            control.delete("pipeline", "a", match=2)
+        with pytest.raises(TopologyInvalid, match=r"blocks\.one\.max_batch"):
+            control.configure("block", "one", {"max_batch": 0})
+        dry = control.delete("block", "one", dry_run=True, cascade=True)
+        assert dry["actions"] == ["remove pipeline a", "stop worker one"]
+        control.rollback(1, match=19)
+        assert what_serves(server) == (20, first)
+        history = control.history()
+        assert [record["generation"] for record in history] == [*range(20, 0, -1)]
+        assert {record["outcome"] for record in history} == {"applied"}
+        assert (history[0]["verb"], history[-1]["verb"]) == ("rollback", "serve")
+        wait_for(lambda: any(e["subject"] == "20" for e in events), 5, "the last event")
+        life_of = [e["kind"] for e in events if e["subject"] == "other1"]
+        life = ["worker_started", "worker_ready", "worker_stopped"]
+        assert life_of == [*life, *life, "worker_started", "worker_ready"][: len(life_of)]
+        assert [e["number"] for e in events] == [*range(1, len(events) + 1)]
+
+
+def test_every_worker_is_killed_in_turn_under_load(base: dict[str, Any], directory: Path) -> None:
+    with Server(directory, base) as server:
+        server.wait_ready()
+        events = follow(server)
+        with Load(server, "a", Mlp()) as load, Load(server, "a", Mlp()) as other:
+            for victim in ("one", "two", "three"):
+                good = load.good
+                wait_for(lambda good=good: load.good > good + 3, 10, "answers")  # type: ignore[misc]
+                os.kill(server.block(victim)["pid"], signal.SIGKILL)
+                wait_for(lambda: not server.control.ready(), 1, "not ready")
+                took = server.wait_ready(30)
+                print(f"{victim}: ready again after {took:.1f} s")  # noqa: T201 - a measurement
+                assert server.block(victim)["restarts"] == 1
+        assert load.failures == other.failures == []
+        # Nothing has been changed, so nothing was applied.
+        assert what_serves(server)[0] == 1
+        life = [(e["kind"], e["reason"]) for e in events if e["subject"] == "two"]
+        assert [kind for kind, _ in life] == [
+            *("worker_started", "worker_ready", "worker_failed"),
+            *("worker_started", "worker_ready"),
+        ]
+        assert life[2][1] == "its process ended with signal 9"
+
+
+def test_a_worker_that_stands_still_is_replaced(base: dict[str, Any], directory: Path) -> None:
+    with Server(directory, base, "--heartbeat-timeout", "4") as server:
+        server.wait_ready()
+        with Load(server, "a", Mlp()) as load:
+            wait_for(lambda: load.good > 3, 10, "answers")
+            pid = server.block("two")["pid"]
+            os.kill(pid, signal.SIGSTOP)
+            # It is no longer called ready before it is certain that it hangs.
+            wait_for(lambda: not server.control.ready(), 4, "not ready")
+            wait_for(lambda: server.block("two")["pid"] not in {None, pid}, 30, "a successor")
+            server.wait_ready()
+            good = load.good
+            wait_for(lambda: load.good > good + 3, 10, "answers")
+        assert load.failures == []
+        log = server.log.read_text()
+        assert "worker two failed: it has said nothing for 4 s, so it was killed" in log
+
+
+def test_a_server_that_stood_still_does_not_blame_its_workers(
+    base: dict[str, Any], directory: Path
+) -> None:
+    with Server(directory, base, "--heartbeat-timeout", "2") as server:
+        server.wait_ready()
+        before = {block["name"]: block["pid"] for block in server.control.blocks()}
+        os.kill(server.process.pid, signal.SIGSTOP)
+        time.sleep(5)
+        os.kill(server.process.pid, signal.SIGCONT)
+        time.sleep(2)
+        assert server.control.ready()
+        assert {block["name"]: block["pid"] for block in server.control.blocks()} == before
+
+
+def test_a_gateway_that_stands_still_is_replaced(base: dict[str, Any], directory: Path) -> None:
+    with Server(directory, base, "--heartbeat-timeout", "2") as server:
+        server.wait_ready()
+        workers = {block["pid"] for block in server.control.blocks()}
+        (gateway,) = [child for child in server.children if child.pid not in workers]
+        gateway.suspend()
+        wait_for(lambda: not gateway.is_running(), 20, "the end of the gateway")
+        server.wait_ready()
+        assert server.inference.infer("a", {"x": some_rows()})["output"].shape == (1, 4)
+        assert {block["pid"] for block in server.control.blocks()} == workers
+
+
+def test_a_block_that_computes_for_ever_is_replaced(store: Store, directory: Path) -> None:
+    digest = store_model(store, Endless(), 1)[0]
+    wanted = topology(store.root, {"e": {"endless": digest}})
+    with Server(directory, wanted, "--request-timeout", "1", "--hang-grace", "1") as server:
+        server.wait_ready(120)
+        events = follow(server)
+        with pytest.raises(DeadlineExceeded):
+            server.inference.infer("e", {"x": some_rows()})
+        wait_for(lambda: "worker_failed" in [e["kind"] for e in events], 20, "an end of it")
+        (reason,) = [e["reason"] for e in events if e["kind"] == "worker_failed"]
+        assert reason == "block endless computed one request for 2 s, so it was killed"
+        server.wait_ready(120)
+
+
+def test_a_crash_loop_is_shown_and_a_restart_ends_it(base: dict[str, Any], directory: Path) -> None:
+    with Server(directory, base) as server:
+        server.wait_ready()
+
+        def kill() -> bool:
+            block = server.block("two")
+            if block["state"] == "ready":
+                os.kill(block["pid"], signal.SIGKILL)
+                wait_for(lambda: server.block("two")["state"] != "ready", 2, "the death")
+            return bool(server.block("two")["state"] == "crash_looping")
+
+        wait_for(kill, 60, "a crash loop")
+        assert server.block("two")["restarts"] >= 4
+        assert not server.control.ready()
+        (pipeline,) = server.control.pipelines()
+        assert not pipeline["ready"]
+        with pytest.raises(BlockFlowError, match="not ready: block two failed"):
+            server.inference.infer("a", {"x": some_rows()})
+        assert server.control.restart("two")["start"] == ["two"]
+        assert server.control.ready()
+        assert server.block("two")["state"] == "ready"
+        assert server.inference.infer("a", {"x": some_rows()})["output"].shape == (1, 4)
+
+
+def test_a_generation_that_is_not_ready_in_time_is_rolled_back(
+    store: Store, base: dict[str, Any], directory: Path
+) -> None:
+    slow = store_model(store, Slow(), 1)[0]
+    damaged = store_model(store, Mlp(seed=11), 1)[0]
+    program = store.path(damaged) / "program.pt2"
+    program.chmod(0o600)
+    program.write_bytes(program.read_bytes()[:-100])
+    with Server(directory, base) as server:
+        server.wait_ready()
+        pids = {block["name"]: block["pid"] for block in server.control.blocks()}
+        with Load(server, "a", Mlp()) as load:
+            for digest, seconds, words in (
+                (slow, 0.3, r"worker new did not .* within 0\.\d+ s; the old generation"),
+                (damaged, None, r"block new .*program\.pt2"),
+            ):
+                wanted = {**base, "blocks": {**base["blocks"], "new": {"artifact": digest}}}
+                with pytest.raises(BlockFlowError, match=words):
+                    server.control.put_topology(wanted, timeout_s=seconds)
+                assert server.control.ready()
+            wait_for(lambda: load.good > 3, 10, "answers")
+        assert load.failures == []
+        assert {block["name"]: block["pid"] for block in server.control.blocks()} == pids
+        newest, older, _ = server.control.history()
+        assert (newest["outcome"], older["outcome"]) == ("failed", "failed")
+        assert "program.pt2" in newest["reason"]
+        assert what_serves(server)[0] == 1
+        with pytest.raises(Conflict, match="generation 2 never served"):
+            server.control.rollback(2)
+        with pytest.raises(BlockFlowError, match="no generation served before"):
+            server.control.rollback()
+        assert len(server.children) == 4
+
+
+def test_kill_9_during_updates_resumes_what_was_acknowledged(
+    store: Store, mlp: list[str], base: dict[str, Any], directory: Path
+) -> None:
+    """At random moments of updates that do and do not start workers."""
+    randomly = random.Random(2)
+    alone = topology(store.root, {"a": {"one": mlp[0]}})
+    wanted = [
+        {**alone, "pipelines": {**alone["pipelines"], "b": {"blocks": ["one"]}}},
+        topology(store.root, {"a": {"one": mlp[0]}}, one={"max_batch": 4}),
+        alone,
+        topology(store.root, {"a": {"one": mlp[0], "two": mlp[1]}}),
+    ]
+    server = Server(directory, alone)
+    try:
+        server.wait_ready()
+        acknowledged = what_serves(server)
+        for kill in range(KILLS):
+            tried: list[Any] = []
+
+            def update(server: Server = server, tried: list[Any] = tried) -> None:
+                nonlocal acknowledged
+                for each in wanted:
+                    tried.append(each)
+                    try:
+                        server.control.put_topology(each)
+                    except BlockFlowError:
+                        return
+                    acknowledged = what_serves(server)
+
+            thread = threading.Thread(target=update)
+            thread.start()
+            time.sleep(randomly.uniform(0, 3 if kill % 2 else 0.3))
+            server.process.kill()
+            server.process.wait()
+            thread.join()
+            server.control.close()
+            server.inference.close()
+
+            server = Server(directory, None)  # without a topology
+            server.wait_ready()
+            generation, found = what_serves(server)
+            # An update may have been decided, and the server killed before it could say so.
+            if generation != acknowledged[0]:
+                assert generation == acknowledged[0] + 1
+                assert set(found["pipelines"]) == set(tried[-1]["pipelines"])
+                assert set(found["blocks"]) == set(tried[-1]["blocks"])
+            else:
+                assert found == acknowledged[1]
+            x = some_rows()
+            assert server.inference.infer("a", {"x": x})
+            acknowledged = generation, found
+    finally:
+        server.close()
+
+
+def test_resuming_with_a_block_that_cannot_start_serves_the_others(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    lonely = store_model(store, Mlp(seed=21), 1)[0]
+    wanted = topology(store.root, {"a": {"one": mlp[0]}, "b": {"lonely": lonely}})
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+    program = store.path(lonely) / "program.pt2"
+    whole = program.read_bytes()
+    program.chmod(0o600)
+    program.write_bytes(whole[:-100])
+    with Server(directory, None) as server:
+        wait_for(lambda: _is_ready(server, "a"), 60, "pipeline a")
+        ready = {each["name"]: each["ready"] for each in server.control.pipelines()}
+        assert ready == {"a": True, "b": False}
+        assert "program.pt2" in server.block("lonely")["reason"]
+        assert what_serves(server)[0] == 1
+        program.write_bytes(whole)
+        server.wait_ready()
+
+
+def _is_ready(server: Server, pipeline: str) -> bool:
+    try:
+        return server.inference.ready(pipeline)
+    except BlockFlowError:
+        return False
+
+
+def test_one_server_for_each_state(base: dict[str, Any], directory: Path) -> None:
+    with Server(directory, base) as server:
+        server.wait_ready()
+        state = directory / "state"
+        assert state.stat().st_mode & 0o777 == 0o700
+        second = subprocess.run(
+            [sys.executable, "-m", "blockflow", "serve", "--state-dir", str(state),
+             "--port", str(free_port()), "--http-port", str(free_port())],
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert "another server keeps its state in" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert server.control.ready()
+
+
+def test_logs_and_the_last_events_of_a_block(base: dict[str, Any], directory: Path) -> None:
+    with Server(directory, base, "--log-format", "json", "--log-level", "debug") as server:
+        server.wait_ready()
+        for line in server.control.logs("one", 20):
+            assert line.startswith("{"), line
+        with pytest.raises(BlockFlowError, match="no block nowhere"):
+            server.control.logs("nowhere")
+        shown = subprocess.run(
+            [sys.executable, "-m", "blockflow", "history", "--server",
+             f"http://127.0.0.1:{server.control_port}"],
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        assert "serve" in shown.stdout
+        assert '"level": "info"' in server.log.read_text()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_strangers_need_tokens(base: dict[str, Any], directory: Path, tls: bool) -> None:
+    control, inference = directory / "control.token", directory / "inference.token"
+    control.write_text(f"{OPERATOR}\n")
+    inference.write_text(f"{CUSTOMER}\n")
+    control.chmod(0o600)
+    inference.chmod(0o600)
+    options = ["--token-file", str(control), "--inference-token-file", str(inference)]
+    certificate = None
+    if tls:
+        certificate = make_certificate(directory)
+        options += ["--tls-cert", str(certificate), "--tls-key", str(directory / "key.pem")]
+    scheme = "https" if tls else "http"
+    with Server(directory, base, "--host", "0.0.0.0", *options) as server:  # noqa: S104
+        there = f"{scheme}://127.0.0.1:{server.control_port}"
+        models = f"{scheme}://127.0.0.1:{server.http_port}"
+        with (
+            ControlClient(there, token=OPERATOR, ca_file=certificate) as operator,
+            InferenceClient(models, token=CUSTOMER, ca_file=certificate) as customer,
+            ControlClient(there, token=CUSTOMER, ca_file=certificate) as intruder,
+            InferenceClient(models, ca_file=certificate) as stranger,
+        ):
+
+            def ready() -> bool:
+                try:
+                    return operator.ready()
+                except BlockFlowError:
+                    return False
+
+            wait_for(ready, 60, "ready")
+            assert customer.infer("a", {"x": some_rows()})["output"].shape == (1, 4)
+            for refused in (
+                intruder.topology,
+                lambda: intruder.put_topology({}),
+                lambda: stranger.infer("a", {"x": some_rows()}),
+                stranger.models,
+            ):
+                with pytest.raises(InvalidInput, match="asks for a token"):
+                    refused()
+            assert intruder.health() == {"status": "ok"}
+            shown = subprocess.run(
+                [sys.executable, "-m", "blockflow", "status", "--server", there],
+                capture_output=True, text=True, check=False, timeout=60,
+                env={**os.environ, "BLOCKFLOW_TOKEN_FILE": str(control),
+                     **({"BLOCKFLOW_CA_FILE": str(certificate)} if certificate else {})},
+            )  # fmt: skip
+            assert "generation 1" in shown.stdout, shown.stderr
+
+
+def make_certificate(directory: Path) -> Path:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate of this test")
+    certificate = directory / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", str(directory / "key.pem"), "-out", str(certificate)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certificate
+
+
+@pytest.fixture
+def directory(run_dir: Path) -> Path:
+    return run_dir
