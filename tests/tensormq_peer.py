@@ -3,6 +3,8 @@
 echo:  receives on ENDPOINT and sends every message back, doubled, to REPLY.
 hold:  receives on ENDPOINT and releases nothing.
 flood: sends to ENDPOINT without end.
+tear:  announces one whole message and one whose content the GPU computes for a minute.
+cling: receives one message on ENDPOINT, uses it for a minute of the GPU's time and releases it.
 Prints "ready" once it is.
 """
 
@@ -14,6 +16,10 @@ import time
 import torch
 
 from tensormq import Carrier, Loop, Pull, Push
+
+
+def busy_for_a_minute() -> None:
+    torch.cuda._sleep(60 * 1_700_000_000)  # clock cycles of the GPU
 
 
 def main() -> None:
@@ -28,8 +34,20 @@ def main() -> None:
         while True:
             number += 1
             push.send({"n": torch.full((1 << 16,), float(number), device=device)}, to=peer)
+    if role == "tear":
+        push = Push(slots=2, slot_bytes=1 << 10, device=device, loop=loop, carriers=carriers)
+        print("ready", flush=True)
+        peer = push.connect(endpoint)
+        push.send({"n": torch.ones(4, device=device)}, to=peer)
+        busy_for_a_minute()
+        push.send({"n": torch.ones(4, device=device)}, to=peer)
+        time.sleep(60)
     pull = Pull(endpoint, device=device, loop=loop, carriers=carriers)
     print("ready", flush=True)
+    if role == "cling":
+        with pull.recv():
+            busy_for_a_minute()
+        loop.run_until(lambda: False, 60)
     if role == "hold":
         held = []
         while True:

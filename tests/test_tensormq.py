@@ -270,6 +270,69 @@ def test_what_a_killed_producer_sent_stays_whole(
             assert message.tensors["n"][0].item() == 1.0
 
 
+@pytest.mark.gpu
+def test_what_a_killed_producer_did_not_complete_is_dropped(run_dir: Path, start: Start) -> None:
+    with Pull(f"ipc://{run_dir}/in.sock", device="cuda:0") as pull:
+        process = start("tear", pull.endpoint, "-", "cuda:0", "cuda_ipc")
+        pull._loop.run_until(lambda: pull.waiting == 2, 10)
+        process.kill()
+        assert pull._loop.run_until(lambda: pull.torn == 1, 5)
+        with pull.recv(timeout=0) as message:
+            assert message.tensors["n"].tolist() == [1.0] * 4
+        assert pull.waiting == pull.leases == 0
+        assert pull._channels == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("told", [False, True])
+def test_streams_that_wait_for_a_killed_producer(run_dir: Path, start: Start, told: bool) -> None:
+    """They are let go; where somebody wants to be told, they wait until he has decided."""
+    calls: list[None] = []
+    with Pull(f"ipc://{run_dir}/in.sock", device="cuda:0") as pull:
+        if told:
+            pull.on_torn = lambda: calls.append(None)
+        process = start("tear", pull.endpoint, "-", "cuda:0", "cuda_ipc")
+        pull.recv(timeout=10).release()
+        message = pull.recv(timeout=10)
+        copy = message.tensors["n"].clone()
+        done = torch.cuda.Event()
+        done.record()
+        time.sleep(0.2)
+        assert not done.query()
+        process.kill()
+        assert pull._loop.run_until(lambda: pull.torn == 1, 5)
+        if told:
+            time.sleep(0.2)
+            assert calls == [None]
+            assert not done.query()
+            (channel,) = pull._channels.values()
+            channel.lift({message._slot: message._sequence})
+        torch.cuda.synchronize()
+        assert copy.shape == (4,)
+        message.release()
+        assert pull._channels == {}
+
+
+@pytest.mark.gpu
+def test_a_slot_that_a_killed_consumer_was_using_can_be_written(
+    run_dir: Path, start: Start
+) -> None:
+    with Push(slots=1, slot_bytes=1 << 10, device="cuda:0") as push:
+        process = start("cling", f"ipc://{run_dir}/out.sock", "-", "cuda:0", "cuda_ipc")
+        peer = push.connect(f"ipc://{run_dir}/out.sock")
+        push.send({"n": torch.ones(4, device="cuda:0")}, to=peer)
+        # The credit comes back at once, the use goes on: this one waits on the GPU.
+        push.send({"n": torch.zeros(4, device="cuda:0")}, to=peer, timeout=10)
+        done = torch.cuda.Event()
+        done.record()
+        time.sleep(0.2)
+        assert not done.query()
+        process.kill()
+        assert push._loop.run_until(lambda: peer.lost is not None, 5)
+        torch.cuda.synchronize()
+        assert push.free_slots == 1
+
+
 def test_an_endpoint_cannot_be_stolen(run_dir: Path) -> None:
     endpoint = f"ipc://{run_dir}/a.sock"
     with Pull(endpoint), pytest.raises(EndpointError, match="in use"):

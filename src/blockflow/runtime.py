@@ -296,6 +296,9 @@ class Block:
         self._push = Push(
             slots=self._slots, slot_bytes=slot_size(largest), device=device, loop=self._loop
         )
+        self._pull.on_torn = lambda: self._on_fatal(
+            f"block {self.spec.name}: the block before it died in the middle of a tensor"
+        )
         self._ledger = Ledger(ledger_path(self.endpoint))
         self._push.on_lost = lambda peer: log.info("lost %s: %s", peer.endpoint, peer.lost)
 

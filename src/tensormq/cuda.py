@@ -1,9 +1,15 @@
 """Tensors in GPU memory: carrier `cuda_ipc`, and host memory that a GPU copies from and to.
 
-The order between two processes is kept on the GPU. The producer records `filled[slot]` after it
-has written a slot and before it rings the doorbell; the consumer's stream waits for it. The
-consumer records `emptied[slot]` after its last use and before it gives the credit back; the
-producer's stream waits for it before it writes that slot again. No host waits for either.
+The order between two processes is kept on the GPU, by 64-bit words in the slab that streams write
+and wait for. After the producer has filled a slot, its stream writes the message's sequence number
+to `filled[slot]`; the consumer's stream waits until it stands there. After the consumer's last use
+its stream writes the number to `emptied[consumer][slot]`; the producer's stream waits for that
+before it writes the slot again. No host waits for either.
+
+Words rather than interprocess events, for an event of a process that died before the GPU reached it
+never completes, and whoever waits for it waits for ever; a word can be written by the survivor.
+
+    header page with the nonce | filled[slots], emptied[CONSUMERS][slots] | slots
 
 Slabs are taken with cudaMalloc, outside torch's caching allocator: a handle names a whole
 allocation, and torch's `expandable_segments` cannot be exported at all.
@@ -21,6 +27,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from cuda.bindings import driver
 from cuda.bindings import runtime as rt
 
 from . import wire
@@ -31,16 +38,32 @@ log = logging.getLogger(__name__)
 
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _REGISTER_DEFAULT = 0  # cudaHostRegisterDefault
+_NON_BLOCKING = 1  # cudaStreamNonBlocking
+_WORD = 8
+_WAIT_GEQ = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
+# The default write is a barrier: what the stream did before is visible to whoever sees the word.
+_WRITE = int(driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT)
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """The value of a CUDA runtime call. Raises TensorMQError with CUDA's own name of the error."""
+    """The value of a CUDA call. Raises TensorMQError with CUDA's own name of the error."""
     code, *values = result
     if int(code) != 0:
-        _, name = rt.cudaGetErrorName(code)
-        _, text = rt.cudaGetErrorString(code)
+        if isinstance(code, driver.CUresult):
+            _, name = driver.cuGetErrorName(code)
+            _, text = driver.cuGetErrorString(code)
+        else:
+            _, name = rt.cudaGetErrorName(code)
+            _, text = rt.cudaGetErrorString(code)
         raise TensorMQError(f"CUDA: {name.decode()}: {text.decode()}")
     return values[0] if values else None
+
+
+def _range(result: tuple[Any, ...]) -> tuple[int, int]:
+    """Least and greatest priority of streams; the greatest is the lower number."""
+    code, least, greatest = result
+    _checked((code,))
+    return int(least), int(greatest)
 
 
 def gpu_uuid(device: str) -> str:
@@ -71,69 +94,151 @@ def _view(memory: torch.Tensor, spec: wire.TensorSpec, base: int) -> torch.Tenso
     return flat.view(getattr(torch, spec.dtype)).view(spec.shape)
 
 
+class _Words:
+    """64-bit words on the GPU, one for each slot, that streams write and wait for."""
+
+    def __init__(self, pointer: int, slots: int) -> None:
+        self._addresses = [pointer + _WORD * slot for slot in range(slots)]
+
+    def write(self, stream: int, slot: int, value: int) -> None:
+        _checked(driver.cuStreamWriteValue64(stream, self._addresses[slot], value, _WRITE))
+
+    def wait(self, stream: int, slot: int, value: int) -> None:
+        """What `stream` is given from here on begins when the word is `value` or greater."""
+        _checked(driver.cuStreamWaitValue64(stream, self._addresses[slot], value, _WAIT_GEQ))
+
+    def fill(self, side: _Side, value: int) -> None:
+        """Write all words, whatever the streams are waiting for; done when it returns."""
+        count = len(self._addresses)
+        side.copy_in(self._addresses[0], (ctypes.c_int64 * count)(*[value] * count))
+
+    def put(self, side: _Side, slot: int, value: int) -> None:
+        """As `fill`, for one word."""
+        side.copy_in(self._addresses[slot], (ctypes.c_int64 * 1)(value))
+
+    def read(self, side: _Side) -> list[int]:
+        found = (ctypes.c_int64 * len(self._addresses))()
+        side.copy_out(found, self._addresses[0])
+        return list(found)
+
+
+class _Side:
+    """A stream for words beside the work, which no stream that waits can hold up.
+
+    Not one of torch's pool, whose other users may be waiting for just what is to be done here; of
+    another priority than theirs, and with copies only, so that it does not share a hardware queue
+    with them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            _, highest = _range(rt.cudaDeviceGetStreamPriorityRange())
+            self._stream = _checked(rt.cudaStreamCreateWithPriority(_NON_BLOCKING, highest))
+
+    def copy_in(self, address: int, words: ctypes.Array[ctypes.c_int64]) -> None:
+        kind = rt.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._copy(address, ctypes.addressof(words), ctypes.sizeof(words), kind)
+
+    def copy_out(self, words: ctypes.Array[ctypes.c_int64], address: int) -> None:
+        kind = rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._copy(ctypes.addressof(words), address, ctypes.sizeof(words), kind)
+
+    def _copy(self, to: int, source: int, size: int, kind: rt.cudaMemcpyKind) -> None:
+        with torch.cuda.device(self._device):
+            _checked(rt.cudaMemcpyAsync(to, source, size, kind, self._stream))
+            _checked(rt.cudaStreamSynchronize(self._stream))
+
+    def close(self) -> None:
+        _checked(rt.cudaStreamDestroy(self._stream))
+
+
 class DeviceSlab:
-    """The producer's memory on the GPU: a header page with the nonce, then the slots."""
+    """The producer's memory on the GPU: a header page with the nonce, words, then the slots."""
 
     carrier = wire.Carrier.CUDA_IPC
 
     def __init__(self, nonce: int, slots: int, slot_bytes: int, device: str) -> None:
         self._device = torch.device(device)
+        self._slots = slots
         self._slot_bytes = slot_bytes
-        size = wire.HEADER_BYTES + slots * slot_bytes
+        self._size = wire.device_slab_size(slots, slot_bytes)
+        self._base = self._size - slots * slot_bytes
         with torch.cuda.device(self._device):
             torch.cuda.current_stream()  # makes sure that the primary context exists
-            self._pointer = int(_checked(rt.cudaMalloc(size)))
-            handle = _checked(rt.cudaIpcGetMemHandle(self._pointer))
-            # Created once and kept as long as the slab: an exported event that is collected
-            # dies under the peer that waits for it.
-            self._filled = [
-                torch.cuda.Event(enable_timing=False, interprocess=True) for _ in range(slots)
-            ]
-            self._memory = _as_bytes(self._pointer, size, self._device)
+            self._pointer = int(_checked(rt.cudaMalloc(self._size)))
+            self._handle = bytes(_checked(rt.cudaIpcGetMemHandle(self._pointer)).reserved)
+            self._memory = _as_bytes(self._pointer, self._size, self._device)
+            self._memory[: self._base].zero_()
             mark = torch.frombuffer(
                 bytearray(nonce.to_bytes(wire.NONCE_BYTES, "little")), dtype=torch.uint8
             )
             self._memory[: wire.NONCE_BYTES].copy_(mark)
-            for event in self._filled:
-                event.record()
             torch.cuda.synchronize(self._device)
-            self._offer = wire.DeviceSlab(
-                bytes(handle.reserved), size, tuple(e.ipc_handle() for e in self._filled)
-            )
-        self._emptied: dict[object, list[torch.cuda.Event]] = {}
-        self._last_holders: list[tuple[object, ...]] = [()] * slots
+        self._side = _Side(self._device)
+        first = self._pointer + wire.HEADER_BYTES
+        self._filled = _Words(first, slots)
+        self._all_emptied = [
+            _Words(first + _WORD * slots * (1 + index), slots) for index in range(wire.CONSUMERS)
+        ]
+        self._next = 0
+        self._consumers: dict[object, int] = {}
+        self._emptied: dict[object, _Words] = {}
+        self._last: list[tuple[int, tuple[object, ...]]] = [(0, ())] * slots
+        self._sequence = 0
 
     def offer(self) -> wire.DeviceSlab:
-        return self._offer
+        """What one more consumer needs; it is nobody's until `attach`.
 
-    def attach(self, peer: object, emptied: Iterable[bytes]) -> None:
-        """Learn a consumer's events, one for each slot."""
-        self._emptied[peer] = [
-            torch.cuda.Event.from_ipc_handle(self._device, handle) for handle in emptied
-        ]
+        Raises NegotiationError when there are as many consumers as one slab has words for.
+        """
+        taken = set(self._consumers.values())
+        for step in range(wire.CONSUMERS):
+            index = (self._next + step) % wire.CONSUMERS
+            if index not in taken:
+                # Not the same one again soon: what a dead consumer's GPU work still writes there
+                # must not meet its successor.
+                self._next = index + 1
+                return wire.DeviceSlab(self._handle, self._size, index)
+        raise NegotiationError(f"this Push has {wire.CONSUMERS} consumers on the GPU already")
+
+    def attach(self, peer: object, consumer: int) -> None:
+        """`peer` is the consumer that was offered the words `consumer`."""
+        self._consumers[peer] = consumer
+        self._emptied[peer] = self._all_emptied[consumer]
+        self._emptied[peer].fill(self._side, self._sequence)
 
     def detach(self, peer: object) -> None:
-        self._emptied.pop(peer, None)
+        """The consumer is gone; what waits for it on the GPU goes on."""
+        words = self._emptied.pop(peer, None)
+        if words is not None:
+            del self._consumers[peer]
+            words.fill(self._side, self._sequence)
 
     def writable(self, slot: int, specs: Iterable[wire.TensorSpec]) -> dict[str, torch.Tensor]:
         """Tensors of a slot; what the current stream writes to them waits for their last use."""
-        stream = torch.cuda.current_stream(self._device)
-        for peer in self._last_holders[slot]:
-            events = self._emptied.get(peer)
-            if events is not None:  # a peer that died uses nothing any more
-                events[slot].wait(stream)
-        base = wire.HEADER_BYTES + slot * self._slot_bytes
+        sequence, holders = self._last[slot]
+        if holders:
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            for peer in holders:
+                words = self._emptied.get(peer)
+                if words is not None:  # a peer that died uses nothing any more
+                    words.wait(stream, slot, sequence)
+        base = self._base + slot * self._slot_bytes
         return {spec.name: _view(self._memory, spec, base) for spec in specs}
 
-    def publish(self, slot: int, holders: Iterable[object]) -> None:
+    def publish(self, slot: int, sequence: int, holders: Iterable[object]) -> None:
         """All that the current stream has been given so far belongs to the slot's content."""
-        self._filled[slot].record(torch.cuda.current_stream(self._device))
-        self._last_holders[slot] = tuple(holders)
+        self._sequence = sequence
+        self._filled.write(torch.cuda.current_stream(self._device).cuda_stream, slot, sequence)
+        self._last[slot] = sequence, tuple(holders)
 
     def close(self) -> None:
         # Freeing exported memory synchronises the device, whatever we do: once, at the end.
         torch.cuda.synchronize(self._device)
         self._emptied.clear()
+        self._consumers.clear()
+        self._side.close()
         del self._memory
         with torch.cuda.device(self._device):
             _checked(rt.cudaFree(self._pointer))
@@ -147,6 +252,7 @@ class DeviceMapping:
     ) -> None:
         self._device = torch.device(device)
         self._slot_bytes = slot_bytes
+        self._base = offer.size - slots * slot_bytes
         handle = rt.cudaIpcMemHandle_t()
         handle.reserved = offer.handle
         with torch.cuda.device(self._device):
@@ -157,31 +263,37 @@ class DeviceMapping:
                 raise NegotiationError(f"cannot open the producer's GPU memory: {error}") from None
             self._memory = _as_bytes(self._pointer, offer.size, self._device)
             found = bytes(self._memory[: wire.NONCE_BYTES].tolist())
-            if found != nonce.to_bytes(wire.NONCE_BYTES, "little"):
-                self.close()
-                raise NegotiationError(
-                    "the producer's GPU memory does not hold this channel's nonce"
-                )
-            self._filled = [torch.cuda.Event.from_ipc_handle(self._device, h) for h in offer.filled]
-            self._emptied = [
-                torch.cuda.Event(enable_timing=False, interprocess=True) for _ in range(slots)
-            ]
-            for event in self._emptied:
-                event.record()
-            self.emptied_handles = tuple(event.ipc_handle() for event in self._emptied)
+        self._side = _Side(self._device)
+        first = self._pointer + wire.HEADER_BYTES
+        self._filled = _Words(first, slots)
+        self._emptied = _Words(first + _WORD * slots * (1 + offer.consumer), slots)
+        if found != nonce.to_bytes(wire.NONCE_BYTES, "little"):
+            self.close()
+            raise NegotiationError("the producer's GPU memory does not hold this channel's nonce")
 
-    def readable(self, slot: int, specs: Iterable[wire.TensorSpec]) -> dict[str, torch.Tensor]:
+    def readable(
+        self, slot: int, sequence: int, specs: Iterable[wire.TensorSpec]
+    ) -> dict[str, torch.Tensor]:
         """Tensors of a slot; what the current stream reads from them waits for their content."""
-        self._filled[slot].wait(torch.cuda.current_stream(self._device))
-        base = wire.HEADER_BYTES + slot * self._slot_bytes
+        self._filled.wait(torch.cuda.current_stream(self._device).cuda_stream, slot, sequence)
+        base = self._base + slot * self._slot_bytes
         return {spec.name: _view(self._memory, spec, base) for spec in specs}
 
-    def release(self, slot: int) -> None:
+    def release(self, slot: int, sequence: int) -> None:
         """The current stream's work so far was the last use of this slot."""
-        self._emptied[slot].record(torch.cuda.current_stream(self._device))
+        self._emptied.write(torch.cuda.current_stream(self._device).cuda_stream, slot, sequence)
+
+    def filled(self) -> list[int]:
+        """For each slot the sequence number of the last message whose content is complete."""
+        return self._filled.read(self._side)
+
+    def lift(self, slot: int, sequence: int) -> None:
+        """Let go what waits for a message whose producer died before it was complete."""
+        self._filled.put(self._side, slot, sequence)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
+        self._side.close()
         del self._memory
         with torch.cuda.device(self._device):
             _checked(rt.cudaIpcCloseMemHandle(self._pointer))

@@ -100,40 +100,37 @@ class _Channel:
         self._host: host.HostMapping | None = None
         self._device: DeviceMapping | None = None
         self._pinned: PinnedMemory | None = None
+        # For each slot the last message that the application's streams wait for.
+        self._taken: dict[int, int] = {}
 
-    def map(self, offer: wire.Offer) -> tuple[bytes, ...]:
-        """Map the producer's slab; returns CUDA event handles where the carrier has them."""
+    def map(self, offer: wire.Offer) -> None:
+        """Map the producer's slab. Raises NegotiationError when that cannot be done."""
         match offer.slab:
             case wire.HostSlab() as slab if offer.carrier is Carrier.SHM:
-                self._expect(slab.size, offer)
+                _expect(slab.size, wire.HEADER_BYTES + offer.slots * offer.slot_bytes)
                 self._host = host.HostMapping(self.abilities.process, offer.nonce, slab)
                 self._pinned = self.pull._pin(self._host.memory)
-                handles: tuple[bytes, ...] = ()
             case wire.DeviceSlab() as slab if offer.carrier is Carrier.CUDA_IPC:
-                self._expect(slab.size, offer)
-                if len(slab.filled) != offer.slots:
-                    raise NegotiationError("the offer does not have one event for each slot")
+                _expect(slab.size, wire.device_slab_size(offer.slots, offer.slot_bytes))
+                if not 0 <= slab.consumer < wire.CONSUMERS:
+                    raise NegotiationError(f"there is no consumer {slab.consumer} of a slab")
                 self._device = self.pull._open(offer, slab)
-                handles = self._device.emptied_handles
             case wire.NoSlab() if offer.carrier is Carrier.INLINE:
-                handles = ()
+                pass
             case _:
                 raise NegotiationError(f"carrier {offer.carrier} does not go with {offer.slab}")
         self.carrier = offer.carrier
         self.slots = offer.slots
         self.slot_bytes = offer.slot_bytes
         self.open = True
-        return handles
-
-    def _expect(self, size: int, offer: wire.Offer) -> None:
-        if size != wire.HEADER_BYTES + offer.slots * offer.slot_bytes:
-            raise NegotiationError(f"a slab of {size} bytes does not hold the offered slots")
 
     def tensors(self, descriptor: wire.Deliver, payload: memoryview | None) -> dict[str, Any]:
         if not descriptor.tensors:
             return {}
         if self._device is not None:
-            return dict(self._device.readable(descriptor.slot, descriptor.tensors))
+            slot, sequence = descriptor.slot, descriptor.sequence
+            self._taken[slot] = sequence
+            return self._device.readable(slot, sequence, descriptor.tensors)
         if self._host is not None:
             memory = self._host.memory
             base = wire.HEADER_BYTES + descriptor.slot * self.slot_bytes
@@ -145,7 +142,7 @@ class _Channel:
 
     def release(self, slot: int, sequence: int) -> None:
         if self._device is not None:
-            self._device.release(slot)
+            self._device.release(slot, sequence)
             self._give_back(slot, sequence)
         elif self._pinned is not None:
             # The GPU may still be copying from the slot.
@@ -158,6 +155,26 @@ class _Channel:
         self.pull._answer(self, wire.Release(self.epoch, sequence, slot))
         if self.ending and not self.leases:
             self.pull._end(self)
+
+    def torn(self) -> tuple[set[int], dict[int, int]]:
+        """What the dead producer announced and never completed: sequences, and those taken.
+
+        Only on a GPU, where a message is announced before its content is computed. Of those that
+        the application took, slot → sequence: its streams wait for them.
+        """
+        if self._device is None:
+            return set(), {}
+        complete = self._device.filled()
+        announced = [d for channel, d, _ in self.pull._inbox if channel is self]
+        untaken = {d.sequence for d in announced if d.tensors and complete[d.slot] < d.sequence}
+        taken = {slot: last for slot, last in self._taken.items() if complete[slot] < last}
+        return untaken, taken
+
+    def lift(self, taken: Mapping[int, int]) -> None:
+        """Let go the streams that wait for messages which nobody will complete."""
+        if self._device is not None:
+            for slot, sequence in taken.items():
+                self._device.lift(slot, sequence)
 
     def unmap(self) -> None:
         if self._pinned is not None:
@@ -180,6 +197,12 @@ class Pull:
     carriers: restrict what may be negotiated; None allows all that the device can do.
     loop: share a thread's loop with other ends; a private one by default.
 
+    On a GPU a message is announced before its content is computed. `torn` counts those whose
+    producer died in between. Such a message is dropped; if it was taken already, streams wait for
+    content that will never come. They are let go and compute on what the slot happens to hold,
+    unless `on_torn` is set: it is called, in the loop's thread, and the streams wait on, so that
+    nothing that was computed from it gets out. The process can then only end.
+
     Raises EndpointError when the endpoint is taken or its directory is open to others.
     """
 
@@ -201,6 +224,8 @@ class Pull:
         self._completions: Completions | None = None
         self._closed = False
         self.rejected = 0
+        self.torn = 0
+        self.on_torn: Callable[[], None] | None = None
         self._abilities = host.abilities(device, carriers)
         self._lock, self._path = _claim(endpoint)
         self._socket = self._loop.context.socket(zmq.ROUTER)
@@ -310,17 +335,34 @@ class Pull:
         if offer.carrier not in wire.candidates(channel.abilities, self._abilities)[0]:
             raise ProtocolError(f"an offer of {offer.carrier}, which these ends cannot share")
         try:
-            handles = channel.map(offer)
+            channel.map(offer)
         except (TensorMQError, OSError, ValueError) as error:
             channel.unmap()
             self._answer(channel, wire.Decline(channel.epoch, str(error)))
             return
-        self._answer(channel, wire.Welcome(channel.epoch, handles))
+        self._answer(channel, wire.Welcome(channel.epoch))
 
     def _lose(self, channel: _Channel) -> None:
-        """The producer's process ended: what it sent stays readable until it is released."""
+        """The producer's process ended: what it sent whole stays readable until it is released."""
         channel.ending = True
         self._unwatch(channel)
+        untaken, taken = channel.torn()
+        if untaken:
+            self._inbox = deque(
+                item for item in self._inbox
+                if item[0] is not channel or item[1].sequence not in untaken
+            )  # fmt: skip
+            channel.leases -= len(untaken)
+        if untaken or taken:
+            self.torn += len(untaken) + len(taken)
+            log.warning(
+                "the producer %s of %s died while it computed %d messages that it had announced",
+                channel.abilities.process.pid, self.endpoint, len(untaken) + len(taken),
+            )  # fmt: skip
+        if taken and self.on_torn is not None:
+            self.on_torn()
+        else:
+            channel.lift(taken)
         if not channel.leases:
             self._end(channel)
 
@@ -405,6 +447,11 @@ class Pull:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _expect(size: int, expected: int) -> None:
+    if size != expected:
+        raise NegotiationError(f"a slab of {size} bytes does not hold the offered slots")
 
 
 def _lock_path(path: Path) -> Path:

@@ -197,7 +197,7 @@ class Push:
             self._say(peer, [wire.encode(offer)])
             answer = self._answer(peer, end)
             if isinstance(answer, wire.Welcome):
-                self._admit(peer, carrier, lane, answer)
+                self._admit(peer, lane, offer)
                 if obstacles and carrier is Carrier.INLINE:
                     log.info("%s is reached inline (%s)", peer.endpoint, "; ".join(obstacles))
                 return
@@ -207,11 +207,11 @@ class Push:
             f"no carrier to {peer.endpoint}: " + ("; ".join(obstacles) or "none is allowed")
         )
 
-    def _admit(self, peer: Peer, carrier: Carrier, lane: _Lane, welcome: wire.Welcome) -> None:
+    def _admit(self, peer: Peer, lane: _Lane, offer: wire.Offer) -> None:
         peer._lane = lane
-        peer.statistics.carrier = carrier
-        if carrier is Carrier.CUDA_IPC:
-            _device_slab(lane).attach(peer, welcome.emptied)
+        peer.statistics.carrier = offer.carrier
+        if isinstance(offer.slab, wire.DeviceSlab):
+            _device_slab(lane).attach(peer, offer.slab.consumer)
 
     def _answer(self, peer: Peer, end: float) -> wire.ToProducer:
         if not self._loop.run_until(
@@ -386,7 +386,7 @@ class Push:
         lane.pool.lease(slot, alive)
         payload: list[memoryview] = []
         if lane.slab.carrier is Carrier.CUDA_IPC:
-            _device_slab(lane).publish(slot, alive)
+            _device_slab(lane).publish(slot, sequence, alive)
         elif lane.slab.carrier is Carrier.INLINE:
             base = _host_slab(lane).base(slot)
             end = base + max(spec.offset + spec.nbytes for spec in specs)

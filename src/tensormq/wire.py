@@ -27,13 +27,16 @@ import msgspec
 
 from .errors import ProtocolError, TensorTooLarge, UnsupportedTensor
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"TMQ" + bytes([VERSION])
 MAX_FRAME = 128 * 1024
 """Bytes of the longest frame that may be parsed; descriptors take a few hundred."""
 
 MAX_SLOTS = 1024
-"""Slots of one slab; an offer names an event for each, and must fit a frame."""
+"""Slots of one slab."""
+
+CONSUMERS = 64
+"""Consumers that one slab on a GPU has words for."""
 
 ALIGNMENT = 256
 """Bytes at whose multiples tensors start in a slot: what cudaMalloc and vector loads like."""
@@ -142,11 +145,11 @@ class HostSlab(_Frozen, frozen=True, tag="host"):
 
 
 class DeviceSlab(_Frozen, frozen=True, tag="device"):
-    """A CUDA allocation and one interprocess event for each slot, recorded when it is filled."""
+    """A CUDA allocation. `consumer`, below CONSUMERS, says which words this consumer writes."""
 
     handle: bytes
     size: int
-    filled: tuple[bytes, ...]
+    consumer: int
 
 
 class NoSlab(_Frozen, frozen=True, tag="none"):
@@ -167,10 +170,9 @@ class Offer(_Frozen, frozen=True, tag="offer"):
 
 
 class Welcome(_Frozen, frozen=True, tag="welcome"):
-    """The offer is mapped. `emptied`: one CUDA event for each slot, recorded after its last use."""
+    """The offer is mapped."""
 
     epoch: int
-    emptied: tuple[bytes, ...] = ()
 
 
 class Decline(_Frozen, frozen=True, tag="decline"):
@@ -276,10 +278,18 @@ def slot_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
     return max((spec.offset + spec.nbytes for spec in specs), default=0) or ALIGNMENT
 
 
+def device_slab_size(slots: int, slot_bytes: int) -> int:
+    """Bytes of a slab on a GPU: a header page, a word for each slot and end, then the slots."""
+    words = 8 * slots * (1 + CONSUMERS)
+    return HEADER_BYTES + -(-words // HEADER_BYTES) * HEADER_BYTES + slots * slot_bytes
+
+
 def check_descriptor(message: Deliver, slots: int, slot_bytes: int) -> None:
     """Refuse a descriptor that points outside its slab. Raises ProtocolError."""
     if not 0 <= message.slot < slots:
         raise ProtocolError(f"slot {message.slot} does not exist: the slab has {slots}")
+    if not 0 < message.sequence < 1 << 63:
+        raise ProtocolError(f"the sequence number {message.sequence} does not exist")
     for spec in message.tensors:
         if spec.dtype not in ITEMSIZE:
             raise ProtocolError(f"tensor {spec.name!r} has an unknown dtype {spec.dtype!r}")
