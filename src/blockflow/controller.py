@@ -940,6 +940,8 @@ def _block_statuses(worker: _Worker, names: Mapping[str, str]) -> Iterable[Block
             queued=known.queued if known else 0,
             batch_sizes=_histogram(known.batch_sizes) if known else None,
             compute_ms_mean=known.compute_ms / known.batches if known and known.batches else None,
+            runner=known.runner if known else None,
+            runner_reason=known.runner_reason if known else None,
             channels=tuple(
                 ChannelStatus(
                     peer=names.get(c.endpoint, c.endpoint.removeprefix("local:")),

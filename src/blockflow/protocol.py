@@ -167,7 +167,8 @@ class Histogram(msgspec.Struct, frozen=True):
 class BlockReport(msgspec.Struct, frozen=True):
     """`compute_ms` is the sum over `batches`; on a GPU as the device's own events measured it.
 
-    `batch_sizes` counts requests per batch, `queued` the requests that wait now.
+    `batch_sizes` counts requests per batch, `queued` the requests that wait now. `runner` is
+    "cuda graph" or "eager"; `runner_reason` says why a block on a GPU runs eagerly.
     """
 
     block: BlockName
@@ -178,6 +179,8 @@ class BlockReport(msgspec.Struct, frozen=True):
     batch_sizes: Histogram
     compute_ms: float
     channels: tuple[ChannelReport, ...]
+    runner: str
+    runner_reason: str | None = None
 
 
 class WorkerReport(msgspec.Struct, frozen=True, tag="worker"):

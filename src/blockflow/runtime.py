@@ -39,6 +39,7 @@ from blockflow.protocol import (
     encode,
 )
 from blockflow.reconcile import BlockSpec
+from blockflow.runner import Loan, prepare
 from blockflow.topology import BlockName, PipelineName
 from tensormq import (
     Carrier,
@@ -66,13 +67,15 @@ class _Arrival:
     """Tensors that came together, with the rows of one or more requests.
 
     `release` is called when the last of the requests needs them no more. `ready` is recorded on the
-    stream of another block of this process that computed them.
+    stream of another block of this process that computed them; `loan` says that they lie where
+    that block will write again.
     """
 
     tensors: Mapping[str, Tensor]
     release: Callable[[], None]
     requests: int
     ready: torch.cuda.Event | None = None
+    loan: Loan | None = None
     time: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -225,6 +228,8 @@ class Block:
             batch_sizes=counts.sizes.snapshot(),
             compute_ms=counts.compute_ms,
             channels=tuple(channels),
+            runner=self._runner.kind,
+            runner_reason=self._runner.reason,
         )
 
     def _perform(self, job: Callable[[], None]) -> Future[None]:
@@ -264,27 +269,9 @@ class Block:
                 self._on_fatal(f"block {self.spec.name}: {error}")
 
     def _warm(self) -> None:
-        """Compute on zeros, so that no request pays for what is done only once."""
-        manifest = self._program.manifest
-        sizes = {1, self.spec.max_batch} if self._gpu else {1}
-        for rows in sizes:
-            inputs = {
-                port.name: torch.zeros(
-                    port.sized(rows), dtype=getattr(torch, port.dtype), device=self._device
-                )
-                for port in manifest.inputs
-            }
-            outputs = self._program(inputs)
-            for port in manifest.outputs:
-                found = outputs[port.name]
-                dtype = getattr(torch, port.dtype)
-                if tuple(found.shape) != port.sized(rows) or found.dtype != dtype:
-                    raise BlockFailed(
-                        f"block {self.spec.name} gives {port.name} as {found.dtype} "
-                        f"{list(found.shape)}; its manifest says {port.dtype} {list(port.shape)}"
-                    )
-        if self._gpu:
-            torch.cuda.synchronize(self._device)
+        self._runner = prepare(self._program, self.spec.max_batch)
+        if self._runner.reason is not None:
+            log.info("block %s runs eagerly: %s", self.spec.name, self._runner.reason)
 
     def _open(self) -> None:
         largest = {
@@ -416,9 +403,11 @@ class Block:
 
     def _forward(self, batch: Sequence[_Item]) -> None:
         started = time.monotonic()
-        inputs = self._gather(batch)
-        began = self._event(timing=True)
-        outputs = self._program(inputs)
+        with contextlib.ExitStack() as reading:
+            inputs = self._gather(batch, reading)
+            began = self._event(timing=True)
+            self._runner.take(inputs)
+        outputs = self._runner.run()
         ended = self._event(timing=True)
         finished = time.monotonic()
         self._counts.batches += 1
@@ -439,7 +428,7 @@ class Block:
             for item in batch
         ]
         # Outputs of a block that is a mere view lie in memory that is lent to it.
-        lent = {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
+        lent = {each.untyped_storage().data_ptr() for parts in inputs.values() for each in parts}
         for first, last, start, rows in _messages(batch):
             alone = last - first == len(batch)
             mine = {
@@ -449,29 +438,41 @@ class Block:
             }
             self._hand_on(batch[first:last], hops[first:last], mine, lent)
 
-    def _gather(self, batch: Sequence[_Item]) -> dict[str, Tensor]:
-        """The batch's inputs by port: as they arrived if they arrived together, else joined."""
+    def _gather(
+        self, batch: Sequence[_Item], reading: contextlib.ExitStack
+    ) -> dict[str, list[Tensor]]:
+        """The batch's inputs by port, in parts whose rows belong together.
+
+        What was lent to this block is read until `reading` ends.
+        """
         stream = torch.cuda.current_stream(self._device) if self._gpu else None
-        arrivals = {id(item.arrival): item.arrival for item in batch}
-        for arrival in arrivals.values():
-            if arrival.ready is not None and stream is not None:
+        for arrival in {id(item.arrival): item.arrival for item in batch}.values():
+            if stream is None:
+                continue
+            if arrival.loan is not None:
+                reading.enter_context(arrival.loan.reading(stream))
+            elif arrival.ready is not None:
                 arrival.ready.wait(stream)
                 for tensor in arrival.tensors.values():
                     # Its own stream's allocator may not reuse it while this stream reads it.
                     tensor.record_stream(stream)
-        wiring = batch[0].way.wiring
         first = batch[0].arrival
-        if len(arrivals) == 1 and len(batch) == first.total:
-            return {mine: self._here(first.tensors[theirs]) for mine, theirs in wiring.items()}
-        parts = {
-            mine: [
-                self._here(item.arrival.tensors[item.way.wiring[mine]][item.rows]) for item in batch
-            ]
-            for mine in wiring
+        whole = len(batch) == first.total and all(item.arrival is first for item in batch)
+        return {
+            mine: [self._here(first, theirs, None)]
+            if whole
+            else [self._here(item.arrival, item.way.wiring[mine], item.rows) for item in batch]
+            for mine, theirs in batch[0].way.wiring.items()
         }
-        return {m: torch.cat(rows) if len(rows) > 1 else rows[0] for m, rows in parts.items()}
 
-    def _here(self, tensor: Tensor) -> Tensor:
+    def _here(self, arrival: _Arrival, name: str, rows: slice | None) -> Tensor:
+        tensor = arrival.tensors[name]
+        if rows is not None:
+            tensor = tensor[rows]
+        if self._runner.copies:
+            return tensor
+        if arrival.loan is not None:
+            return tensor.clone()
         return tensor.to(self._device, non_blocking=True)
 
     def _hand_on(
@@ -492,7 +493,11 @@ class Block:
             count = self._local_counts.setdefault(way.following.spec.name, [0, 0])
             count[0] += 1
             count[1] += sum(tensor.nbytes for tensor in kept.values())
-            arrival = _Arrival(kept, _nothing, len(items), ready=self._event(timing=False))
+            loan = self._runner.lend(kept)
+            if loan is not None:
+                arrival = _Arrival(loan.tensors, loan.end, len(items), loan=loan)
+            else:
+                arrival = _Arrival(kept, _nothing, len(items), ready=self._event(timing=False))
             way.following.submit(route, requests, hops, arrival)
             return
         deadlines = [request.deadline for request in requests]

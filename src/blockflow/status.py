@@ -66,6 +66,12 @@ class BlockStatus(_Frozen):
     compute_ms_mean: float | None = Field(
         None, description="mean time of one computation, in milliseconds"
     )
+    runner: str | None = Field(
+        None, description="how it is run: cuda graph, or eager; null until it is loaded"
+    )
+    runner_reason: str | None = Field(
+        None, description="why a block on a GPU is not run from CUDA graphs"
+    )
     channels: tuple[ChannelStatus, ...] = ()
 
 

@@ -243,13 +243,14 @@ def _print_status(
     )
     print_table(
         console,
-        ("~block", "state", "~worker", "artifact", ">requests", ">ms"),
+        ("~block", "state", "~worker", "artifact", "runner", ">requests", ">ms"),
         (
             (
                 each.name,
                 each.state.value,
                 each.worker,
                 short_digest(each.artifact),
+                each.runner or "-",
                 str(each.requests),
                 "-" if each.compute_ms_mean is None else f"{each.compute_ms_mean:.2f}",
             )
@@ -288,6 +289,10 @@ def _print_status(
     )
     reasons = [(f"pipeline {each.name}", each.reason) for each in pipelines]
     reasons += [(f"block {each.name}", each.reason) for each in blocks]
+    reasons += [
+        (f"block {each.name}", each.runner_reason and f"runs eagerly: {each.runner_reason}")
+        for each in blocks
+    ]
     for what, reason in reasons:
         if reason:
             console.print(f"{what}: {reason}", markup=False, highlight=False)

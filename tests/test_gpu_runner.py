@@ -1,0 +1,291 @@
+"""CUDA graphs: what they compute, and that nobody's tensors are overwritten."""
+
+from __future__ import annotations
+
+import queue
+import random
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from blockflow.artifact import Port, Store
+from blockflow.program import Program
+from blockflow.runner import GraphRunner, Loan, Runner, prepare
+from running import Server, four_blocks, wait_for
+from test_runner import program
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+DEVICE = torch.device("cuda:0")
+
+
+@pytest.fixture(autouse=True)
+def stream() -> Iterator[torch.cuda.Stream]:
+    """A block's stream: graphs are not captured on the default one."""
+    mine = torch.cuda.Stream(DEVICE)
+    with torch.cuda.stream(mine):
+        yield mine
+    torch.cuda.synchronize(DEVICE)
+
+
+class Net(nn.Module):
+    """float32[batch, 3, 16, 16] → float32[batch, 5]; like a network's start and its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 16, 3)
+            self.bn = nn.BatchNorm2d(16)
+            self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bn(self.conv(x)).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+IMAGE, SCORES = Port("x", "float32", ("batch", 3, 16, 16)), Port("y", "float32", ("batch", 5))
+
+
+def on_gpu(call: Callable[..., Tensor], *inputs: Port, output: Port | None = None) -> Program:
+    made = program(call, *inputs, **({} if output is None else {"output": output}))
+    return Program(made.manifest, DEVICE, lambda *given: (call(*given),))
+
+
+def net() -> Program:
+    return on_gpu(Net().eval().to(DEVICE), IMAGE, output=SCORES)
+
+
+def run(runner: Runner, *parts: Tensor) -> Tensor:
+    runner.take({"x": parts})
+    return runner.run()["y"].clone()
+
+
+def test_a_graph_gives_what_a_call_gives_for_every_number_of_rows() -> None:
+    called = net()
+    runner = prepare(called, 6)
+    assert (runner.kind, runner.reason) == ("cuda graph", None)
+    # Downwards as well: what larger batches leave behind must not matter to smaller ones.
+    for rows in (*range(1, 7), *range(6, 0, -1)):
+        x = torch.randn(rows, 3, 16, 16, device=DEVICE)
+        if rows == 6:
+            x[-1, 0, 0, 0] = float("nan")  # it stays in what will be the padding
+        found, expected = run(runner, x), called({"x": x})["y"]
+        assert found.shape == (rows, 5)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-2, equal_nan=True)
+        cut = rows // 2
+        if cut:
+            again = run(runner, x[:cut], x[cut:].cpu().pin_memory())
+            torch.testing.assert_close(again, found, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_does_not_fit_is_refused_and_the_next_batch_is_right() -> None:
+    runner = prepare(net(), 4)
+    x = torch.randn(4, 3, 16, 16, device=DEVICE)
+    expected = run(runner, x)
+    for wrong in (x[..., :1], x.double(), torch.cat([x, x]), x[:, :1]):
+        with pytest.raises(ValueError, match=r"x is torch|a batch has 8 rows and may have 4"):
+            runner.take({"x": [wrong]})
+    assert torch.equal(run(runner, x), expected)
+
+
+def test_a_program_without_a_batch_has_one_graph() -> None:
+    fixed = Port("x", "float32", (2, 3))
+    runner = prepare(on_gpu(lambda x: x.sum(0) * 2, fixed, output=Port("y", "float32", (3,))), 8)
+    assert runner.kind == "cuda graph"
+    assert run(runner, torch.ones(2, 3, device=DEVICE)).tolist() == [4.0, 4.0, 4.0]
+
+
+def _waits(x: Tensor) -> Tensor:
+    return x * (1 if x.sum().item() > 0 else 2)
+
+
+def _normalizes_over_the_batch(x: Tensor) -> Tensor:
+    return x - x.mean(0, keepdim=True)
+
+
+def _draws(x: Tensor) -> Tensor:
+    return x + torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (_waits, "it cannot be captured: RuntimeError: .*synchroniz"),
+        (_normalizes_over_the_batch, "replayed, y is another than when it is called"),
+        (_draws, "replayed, y is another than when it is called"),
+    ],
+)
+def test_what_cannot_be_replayed_is_called_and_says_why(
+    call: Callable[[Tensor], Tensor], why: str
+) -> None:
+    runner = prepare(on_gpu(call), 4)
+    assert runner.kind == "eager"
+    assert runner.reason is not None
+    assert re.match(why, runner.reason)
+    if call is not _draws:
+        x = torch.randn(3, 3, device=DEVICE)
+        assert torch.equal(run(runner, x), call(x))
+    # Nothing of the failure stays behind.
+    assert prepare(net(), 2).kind == "cuda graph"
+
+
+def test_a_capture_that_fails_leaves_the_allocator_as_it_was() -> None:
+    def fails_when_captured(x: Tensor) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize(DEVICE)
+        return x * 2
+
+    runner = prepare(on_gpu(fails_when_captured), 2)
+    assert runner.kind == "eager"
+    assert "it cannot be captured" in str(runner.reason)
+    assert run(runner, torch.ones(2, 3, device=DEVICE)).sum().item() == 12
+    # Memory that two streams have used must come back: during a capture it would not.
+    other = torch.cuda.Stream(DEVICE)
+    torch.cuda.synchronize(DEVICE)
+    before = torch.cuda.memory_reserved(DEVICE)
+    for _ in range(50):
+        block = torch.empty(8 << 20, dtype=torch.uint8, device=DEVICE)
+        block.record_stream(other)
+        del block
+        torch.cuda.synchronize(DEVICE)
+    assert torch.cuda.memory_reserved(DEVICE) - before <= 64 << 20
+    assert prepare(net(), 2).kind == "cuda graph"
+
+
+def test_graphs_can_be_turned_off() -> None:
+    runner = prepare(net(), 2, graphs=False)
+    assert (runner.kind, runner.reason) == ("eager", "cuda_graph is off")
+
+
+def test_a_mere_view_is_captured_apart_from_its_input() -> None:
+    runner = prepare(on_gpu(lambda x: x), 2)
+    assert runner.kind == "cuda graph"
+    runner.take({"x": [torch.ones(2, 3, device=DEVICE)]})
+    kept = runner.run()["y"]
+    runner.take({"x": [torch.zeros(2, 3, device=DEVICE)]})
+    assert kept.sum().item() == 6
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.5, 1.0])
+def test_what_is_lent_is_read_before_it_is_overwritten(lag: float) -> None:
+    """Two threads with a stream each, under load; the reader lags in a part of the batches."""
+    # Large enough for a copy to take a while.
+    wide = Port("x", "float32", ("batch", 1 << 20))
+    out = Port("y", "float32", ("batch", 1 << 20))
+    loans: queue.SimpleQueue[tuple[float, int, Loan] | None] = queue.SimpleQueue()
+    errors: list[str] = []
+    count, random_lag = 300, random.Random(7)
+    # A capture does not bear that another thread waits for the whole device.
+    prepared = threading.Barrier(2)
+
+    def lend() -> None:
+        torch.cuda.set_device(DEVICE)
+        with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+            runner = prepare(on_gpu(lambda x: x + 1, wide, output=out), 4)
+            assert isinstance(runner, GraphRunner)
+            prepared.wait(60)
+            for number in range(count):
+                rows = number % 4 + 1
+                x = torch.full((rows, 1 << 20), float(number), device=DEVICE)
+                runner.take({"x": [x]})
+                outputs = runner.run()
+                loan = runner.lend(outputs)
+                assert loan is not None
+                loans.put((number + 1.0, rows, loan))
+            torch.cuda.synchronize(DEVICE)
+        loans.put(None)
+
+    def read() -> None:
+        torch.cuda.set_device(DEVICE)
+        mine = torch.cuda.Stream(DEVICE)
+        with torch.cuda.stream(mine):
+            runner = prepare(on_gpu(lambda x: x * 2, wide, output=out), 4)
+            prepared.wait(60)
+            while (item := loans.get()) is not None:
+                value, rows, loan = item
+                if random_lag.random() < lag:
+                    torch.cuda._sleep(2_000_000)  # about a millisecond
+                    if random_lag.random() < 0.2:
+                        mine.synchronize()
+                with loan.reading(mine):
+                    runner.take({"x": [loan.tensors["y"]]})
+                loan.end()
+                low, high = torch.aminmax(runner.run()["y"])
+                found = low.item() if low.item() == high.item() else float("nan")
+                if found != 2 * value:
+                    errors.append(f"{rows} rows of {value} came as {low.item()} to {high.item()}")
+
+    failures: list[BaseException] = []
+
+    def guarded(work: Callable[[], None]) -> Callable[[], None]:
+        def run_it() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 - shown by the test
+                failures.append(error)
+                loans.put(None)
+
+        return run_it
+
+    threads = [threading.Thread(target=guarded(work)) for work in (lend, read)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not failures
+    assert not errors
+
+
+def test_what_is_recalled_unread_moves_and_what_is_read_stays() -> None:
+    runner = prepare(on_gpu(lambda x: x + 1), 2)
+    assert isinstance(runner, GraphRunner)
+    reader = torch.cuda.Stream(DEVICE)
+
+    def lend(value: float) -> Loan:
+        runner.take({"x": [torch.full((2, 3), value, device=DEVICE)]})
+        loan = runner.lend(runner.run())
+        assert loan is not None
+        return loan
+
+    first = lend(1.0)
+    place = first.tensors["y"].data_ptr()
+    second = lend(2.0)
+    assert first.tensors["y"].data_ptr() != place == second.tensors["y"].data_ptr()
+    for loan, value in ((first, 2.0), (second, 3.0)):
+        with loan.reading(reader), torch.cuda.stream(reader):
+            copy = loan.tensors["y"].clone()
+        torch.cuda.synchronize(DEVICE)
+        assert copy.unique().tolist() == [value]
+    second.end()
+    third = lend(3.0)
+    assert third.tensors["y"].data_ptr() == place
+    assert not second.tensors
+
+
+@pytest.mark.slow
+def test_four_blocks_of_one_worker_are_replayed(tmp_path: Path, run_dir: Path) -> None:
+    wanted, x, expected = four_blocks(Store(tmp_path / "store", create=True), "cuda:0")
+    for block in wanted["blocks"].values():
+        block["worker"] = "together"
+    with Server(run_dir, wanted) as server:
+        server.wait_ready(240)
+        for rows in (1, 2, 1, 2):
+            got = server.inference.infer("resnet50", {"x": x[:rows]})["output"]
+            np.testing.assert_allclose(got, expected[:rows], atol=5e-3)
+        blocks = server.control.blocks()
+        assert len({block["pid"] for block in blocks}) == 1
+        assert {(block["runner"], block["runner_reason"]) for block in blocks} == {
+            ("cuda graph", None)
+        }
+
+        def carriers() -> list[tuple[str, int]]:
+            found = [c for block in server.control.blocks() for c in block["channels"]]
+            return [(c["carrier"], c["messages"]) for c in found if c["peer"] != "gateway"]
+
+        wait_for(lambda: carriers() == [("local", 4)] * 3, 5, "reports")
