@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from blockflow.artifact import Port, Store
-from blockflow.program import Program
+from blockflow.program import Program, load
 from blockflow.runner import GraphRunner, Loan, Runner, prepare
-from running import Server, four_blocks, wait_for
+from blockflow.topology import Precision
+from running import Server, four_blocks, store_model, wait_for
 from test_runner import program
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -170,6 +171,31 @@ def test_a_mere_view_is_captured_apart_from_its_input() -> None:
     kept = runner.run()["y"]
     runner.take({"x": [torch.zeros(2, 3, device=DEVICE)]})
     assert kept.sum().item() == 6
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [("fp32", 1e-5), ("tf32", 1e-2), ("fp16", 1e-2), ("bf16", 5e-2)],
+)
+def test_every_precision_is_replayed_within_its_tolerance(
+    tmp_path: Path, precision: Precision, tolerance: float, channels_last: bool
+) -> None:
+    model = Net().eval()
+    store = Store(tmp_path / "store", create=True)
+    (digest,) = store_model(store, model, 1, IMAGE)
+    settings = {"precision": precision, "channels_last": channels_last}
+    runner = prepare(load(store, digest, DEVICE, **settings), 4)
+    assert (runner.kind, runner.reason) == ("cuda graph", None)
+    for rows in (1, 3, 4):
+        x = torch.randn(rows, 3, 16, 16)
+        runner.take({"x": [x.to(DEVICE)]})
+        (found,) = runner.run().values()
+        with torch.inference_mode():
+            expected = model(x)
+        assert found.dtype == torch.float32
+        bound = tolerance * float(expected.abs().max())
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("lag", [0.0, 0.5, 1.0])

@@ -27,6 +27,7 @@ from blockflow.errors import ModelRefused, NotFound, StoreCorrupt
 from blockflow.graph import input_ports, output_ports, plain_module
 from blockflow.identity import digest_of, script_digest
 from blockflow.program import load, read_script
+from blockflow.topology import Precision
 
 
 class Net(nn.Module):
@@ -733,3 +734,54 @@ def test_a_reader_of_torchscript_refuses_other_files(store: Store, tmp_path: Pat
         with pytest.raises(ModelRefused, match="is no TorchScript file"):
             read_script(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------ precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "channels_last", "tolerance"),
+    [("fp32", True, 1e-5), ("fp16", False, 1e-2), ("bf16", True, 5e-2)],
+)
+def test_what_is_computed_otherwise_looks_the_same_from_outside(
+    store: Store, precision: Precision, channels_last: bool, tolerance: float
+) -> None:
+    net = Net()
+    kept = stored(store, traced(net))
+    program = load(store, kept.digest, "cpu", precision=precision, channels_last=channels_last)
+    x = torch.randn(3, 3, 8, 8)
+    (found,) = program({kept.inputs[0].name: x}).values()
+    with torch.inference_mode():
+        expected = net.eval()(x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max())
+    if precision != "fp32":
+        assert not torch.equal(found, expected)
+
+
+class Casts(nn.Module):
+    """Names float32 in the graph, flattens an image, and passes integers through."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.nn.functional.conv2d(x, torch.ones(2, 3, 3, 3), padding=1)
+        y = torch.cat([y, torch.zeros(y.shape[0], 2, 4, 4)], 1)
+        return y.view(y.shape[0], -1).softmax(1, dtype=torch.float32), ids + 1
+
+
+def test_types_and_views_in_the_graph_follow(store: Store) -> None:
+    rows = Dim("rows", min=1)
+    program = torch.export.export(
+        Casts(),
+        (torch.randn(2, 3, 4, 4), torch.ones(2, 1, dtype=torch.int64)),
+        dynamic_shapes=({0: rows}, {0: rows}),
+        strict=False,
+    )
+    kept = stored(store, program)
+    loaded = load(store, kept.digest, "cpu", precision="bf16", channels_last=True)
+    x, ids = torch.randn(3, 3, 4, 4), torch.arange(3).view(3, 1)
+    names = [port.name for port in kept.inputs]
+    scores, numbers = loaded({names[0]: x, names[1]: ids}).values()
+    expected, _ = Casts()(x, ids)
+    assert (scores.dtype, numbers.dtype) == (torch.float32, torch.int64)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0.05)
+    assert numbers.flatten().tolist() == [1, 2, 3]

@@ -13,13 +13,22 @@ from blockflow.reconcile import (
     Plan,
     Signature,
     WorkerSpec,
+    actions,
     diff,
     pipeline_signature,
     plan_workers,
     validate,
     wiring,
 )
-from blockflow.topology import Block, BlockName, Pipeline, PipelineName, Topology, WorkerName
+from blockflow.topology import (
+    Block,
+    BlockName,
+    Pipeline,
+    PipelineName,
+    Precision,
+    Topology,
+    WorkerName,
+)
 
 
 def digest(of: str) -> Digest:
@@ -102,6 +111,53 @@ def test_a_missing_device_lists_those_that_exist() -> None:
     assert validate(wanted, store(SAME), ["cuda:0", "cpu"]) == [
         "block a: there is no device cuda:3 here; there are: cpu, cuda:0"
     ]
+
+
+def test_precision_is_for_float32_and_tf32_for_gpus() -> None:
+    half = manifest("half", [port("x", 4, dtype="float16")], [port("y", 4)])
+    tokens = manifest("tokens", [port("x", 4, dtype="int64")], [port("y", 4)])
+    wanted = Topology(
+        blocks={
+            "a": Block(artifact=half.digest, precision="bf16"),
+            "b": Block(artifact=SAME.digest, precision="tf32"),
+            "c": Block(artifact=tokens.digest, precision="bf16"),
+            "d": Block(artifact=SAME.digest, precision="tf32", device="cuda:0"),
+        }
+    )
+    other, no_gpu = validate(wanted, store(half, SAME, tokens), ["cpu", "cuda:0"])
+    assert other == (
+        "block a: precision bf16 is for float32 artifacts, and this one has float16; leave it at "
+        "fp32"
+    )
+    assert no_gpu == "block b: precision tf32 is for GPUs, and the block is on the CPU; use fp32"
+
+
+def test_blocks_of_one_worker_agree_on_tf32() -> None:
+    def gpu(precision: Precision) -> Block:
+        return Block(artifact=SAME.digest, device="cuda:0", worker="w", precision=precision)
+
+    wanted = Topology(blocks={"a": gpu("fp32"), "b": gpu("tf32"), "c": gpu("fp16")})
+    (problem,) = validate(wanted, store(SAME), ["cuda:0"])
+    assert problem.startswith("worker w: block a asks for fp32 and block b for tf32")
+    wanted = Topology(blocks={"b": gpu("tf32"), "c": gpu("fp16"), "d": gpu("tf32")})
+    assert validate(wanted, store(SAME), ["cuda:0"]) == []
+
+
+def test_how_a_block_is_computed_is_a_reason_to_replace_its_worker() -> None:
+    settings = {
+        "max_delay_ms": 2.5,
+        "precision": "fp16",
+        "channels_last": True,
+        "cuda_graph": False,
+    }
+    before = Topology(blocks={"a": Block(artifact=SAME.digest)})
+    for name, value in settings.items():
+        after = Topology(blocks={"a": Block(artifact=SAME.digest, **{name: value})})
+        (worker,) = plan_workers(after).values()
+        assert getattr(worker.blocks[0], name) == value
+        plan = diff(plan_workers(before), plan_workers(after))
+        (said,) = actions(before, after, plan)
+        assert f"block a: {name} " in said
 
 
 def test_a_pipeline_over_missing_blocks_names_each_one() -> None:

@@ -104,6 +104,28 @@ extra: 1
     )
 
 
+def test_how_a_block_is_computed_is_checked() -> None:
+    text = f"""
+blocks:
+  a: {{artifact: {DIGEST}, precision: half, channels_last: 1, cuda_graph: auto}}
+  b: {{artifact: {DIGEST}, max_delay_ms: -1}}
+  c: {{artifact: {DIGEST}, max_delay_ms: .inf}}
+  d: {{artifact: {DIGEST}, max_delay_ms: yes}}
+"""
+    delay = "must be a number of milliseconds from 0 to 60000"
+    assert problems(text) == [
+        "blocks.a.precision: must be fp32, tf32, fp16 or bf16, not 'half'",
+        "blocks.a.channels_last: must be true or false, not 1",
+        "blocks.a.cuda_graph: must be true or false, not 'auto'",
+        f"blocks.b.max_delay_ms: {delay}, not -1",
+        f"blocks.c.max_delay_ms: {delay}, not inf",
+        f"blocks.d.max_delay_ms: {delay}, not True",
+    ]
+    good = f"{{artifact: {DIGEST}, cuda_graph: off, max_delay_ms: 2, precision: bf16}}"
+    block = parse(f"blocks: {{a: {good}}}").blocks["a"]
+    assert (block.cuda_graph, block.max_delay_ms, block.precision) == (False, 2.0, "bf16")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -222,6 +244,10 @@ blocks = st.builds(
     device=st.sampled_from(["cpu", "cuda:0", "cuda:11"]),
     worker=st.none() | names,
     max_batch=st.integers(1, 4096),
+    max_delay_ms=st.floats(0, 60_000),
+    precision=st.sampled_from(["fp32", "tf32", "fp16", "bf16"]),
+    channels_last=st.booleans(),
+    cuda_graph=st.booleans(),
 )
 topologies = st.builds(
     Topology,

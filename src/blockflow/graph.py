@@ -6,7 +6,7 @@ Everything here reads an `ExportedProgram` of `torch.export` and changes nothing
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -271,8 +271,39 @@ def plain_module(
     )
     if target is not None:
         module.to(target)
-        _replace_devices(module, target)
+        _replace(module, lambda value: target if isinstance(value, torch.device) else value)
     return module
+
+
+def compute_in(module: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Turn a module of float32 into one of `dtype`: its weights, and where the graph names it."""
+    module.to(dtype)
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                # Operators that make a tensor out of nothing make float32 where none is named.
+                made = node.meta.get("val")
+                given = (each.meta.get("val") for each in node.all_input_nodes)
+                if (
+                    node.op == "call_function"
+                    and isinstance(made, Tensor)
+                    and made.dtype == torch.float32
+                    and not any(isinstance(value, Tensor) for value in given)
+                ):
+                    node.kwargs = {**node.kwargs, "dtype": dtype}
+    _replace(module, lambda value: dtype if value is torch.float32 else value)
+
+
+def put_channels_last(module: fx.GraphModule) -> None:
+    """Lay the weights of convolutions out with channels last, as inputs will be."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                if node.target is torch.ops.aten.view.default:
+                    # A view of what now lies otherwise may need a copy.
+                    node.target = torch.ops.aten.reshape.default
+            part.recompile()
 
 
 def copy_graph(
@@ -344,10 +375,8 @@ def _compact(value: Tensor) -> Tensor:
     return value.clone()
 
 
-def _replace_devices(module: fx.GraphModule, device: torch.device) -> None:
-    def replaced(value: Any) -> Any:
-        return device if isinstance(value, torch.device) else value
-
+def _replace(module: fx.GraphModule, replaced: Callable[[Any], Any]) -> None:
+    """Put `replaced(value)` for every value that is written into the graph."""
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             for node in part.graph.nodes:

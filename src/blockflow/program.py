@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,16 @@ from torch import Tensor
 from blockflow.archive import first_line
 from blockflow.artifact import PROGRAM_FILE, Manifest, Store
 from blockflow.errors import ModelRefused
-from blockflow.graph import plain_module
+from blockflow.graph import compute_in, plain_module, put_channels_last
+from blockflow.topology import Precision
 from blockflow.weights import read_program
+
+_DTYPES: Mapping[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 
 
 class Program:
@@ -28,44 +36,92 @@ class Program:
     Tensors must lie on `device` and fit the manifest's ports; nothing is checked per call. The
     result may share memory with an input (a block can be a mere view). A call does not change its
     inputs: where the program would, it works on copies.
+
+    `call` takes and gives float32 as `dtype`, and images with channels last if `channels_last`; for
+    callers the ports are as the manifest says.
     """
 
     def __init__(
-        self, manifest: Manifest, device: torch.device, call: Callable[..., Sequence[Tensor]]
+        self,
+        manifest: Manifest,
+        device: torch.device,
+        call: Callable[..., Sequence[Tensor]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> None:
         self.manifest = manifest
         self.device = device
+        self.dtype = dtype
         self._call = call
+        self._channels_last = channels_last
         self._inputs = tuple(port.name for port in manifest.inputs)
         self._outputs = tuple(port.name for port in manifest.outputs)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode():
-            tensors = [inputs[name] for name in self._inputs]
+            tensors = [self._inside(inputs[name]) for name in self._inputs]
             if self.manifest.mutates_inputs:
                 tensors = [tensor.clone() for tensor in tensors]
-            return dict(zip(self._outputs, self._call(*tensors), strict=True))
+            outputs = self._call(*tensors)
+            return {
+                name: tensor.float() if tensor.dtype == self.dtype else tensor
+                for name, tensor in zip(self._outputs, outputs, strict=True)
+            }
+
+    def _inside(self, tensor: Tensor) -> Tensor:
+        dtype = self.dtype if tensor.dtype == torch.float32 else tensor.dtype
+        if self._channels_last and tensor.dim() == 4:
+            return tensor.to(dtype, memory_format=torch.channels_last)
+        return tensor.to(dtype)
 
 
-def load(store: Store, digest: str, device: torch.device | str) -> Program:
+def load(
+    store: Store,
+    digest: str,
+    device: torch.device | str,
+    *,
+    precision: Precision = "fp32",
+    channels_last: bool = False,
+) -> Program:
     """Check an artifact's bytes, load it onto a device and return it ready to run.
 
+    precision: what a float32 artifact is computed in. That fp32 is not rounded to TF32, or that it
+    is for tf32, holds for the whole process, so it has to be the same for all that is loaded.
     Raises NotFound, StoreCorrupt, or ModelRefused for a file that torch cannot read.
     """
     manifest = store.verify(digest, weights=False)  # those are checked as they are read
     place = torch.device(device)
+    dtype = _DTYPES[precision]
+    if place.type == "cuda" and dtype == torch.float32:
+        _round_to_tf32(precision == "tf32")
     match manifest.format:
         case "torch.export":
+            module = plain_module(read_program(store, manifest, place), place)
+            if dtype != torch.float32:
+                compute_in(module, dtype)
+            if channels_last:
+                put_channels_last(module)
             # The bound method skips nn.Module.__call__: there are no hooks to look for.
-            call = plain_module(read_program(store, manifest, place), place).forward
+            call = module.forward
         case "torchscript":
             names = [port.name for port in manifest.outputs]
             script = read_script(store.path(digest) / PROGRAM_FILE[manifest.format], place)
+            if dtype != torch.float32:
+                script.to(dtype)
+            if channels_last:
+                script.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
             def call(*tensors: Tensor) -> Sequence[Tensor]:
                 return flatten_outputs(script(*tensors), names)
 
-    return Program(manifest, place, call)
+    return Program(manifest, place, call, dtype=dtype, channels_last=channels_last)
+
+
+def _round_to_tf32(rounded: bool) -> None:
+    backends: Any = torch.backends  # of whose settings its types know only the older ones
+    for setting in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul):
+        setting.fp32_precision = "tf32" if rounded else "ieee"
 
 
 def read_script(

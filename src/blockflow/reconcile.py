@@ -14,7 +14,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import msgspec
 
 from blockflow.artifact import BATCH, Digest, Manifest, Port
-from blockflow.topology import BlockName, Pipeline, PipelineName, Topology, WorkerName
+from blockflow.topology import (
+    Block,
+    BlockName,
+    Pipeline,
+    PipelineName,
+    Precision,
+    Topology,
+    WorkerName,
+)
+
+_OTHER_FLOATS = {"float16", "bfloat16", "float64"}
 
 
 class BlockSpec(msgspec.Struct, frozen=True):
@@ -24,6 +34,10 @@ class BlockSpec(msgspec.Struct, frozen=True):
     digest: Digest
     device: str
     max_batch: int
+    max_delay_ms: float = 0
+    precision: Precision = "fp32"
+    channels_last: bool = False
+    cuda_graph: bool = True
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -129,7 +143,16 @@ def plan_workers(topology: Topology) -> dict[WorkerName, WorkerSpec]:
     """
     members: dict[WorkerName, list[BlockSpec]] = defaultdict(list)
     for name, block in sorted(topology.blocks.items()):
-        spec = BlockSpec(BlockName(name), Digest(block.artifact), block.device, block.max_batch)
+        spec = BlockSpec(
+            name=BlockName(name),
+            digest=Digest(block.artifact),
+            device=block.device,
+            max_batch=block.max_batch,
+            max_delay_ms=block.max_delay_ms,
+            precision=block.precision,
+            channels_last=block.channels_last,
+            cuda_graph=block.cuda_graph,
+        )
         members[WorkerName(block.worker or name)].append(spec)
     return {
         worker: WorkerSpec(worker, blocks[0].device, tuple(blocks))
@@ -219,6 +242,7 @@ def _artifact_problems(
                 yield f"block {name}: artifact {block.artifact} cannot be used: {reason}"
             case Manifest() as manifest:
                 yield from _batch_problems(name, block.max_batch, manifest)
+                yield from _precision_problems(name, block, manifest)
 
 
 def _batch_problems(name: str, max_batch: int, manifest: Manifest) -> Iterator[str]:
@@ -229,6 +253,19 @@ def _batch_problems(name: str, max_batch: int, manifest: Manifest) -> Iterator[s
                 f"block {name}: its artifact takes exactly {rows} rows ({_port(port)}), more than "
                 f"its max_batch of {max_batch}; set max_batch to at least {rows}"
             )
+
+
+def _precision_problems(name: str, block: Block, manifest: Manifest) -> Iterator[str]:
+    if block.precision == "fp32":
+        return
+    if block.precision == "tf32" and block.device == "cpu":
+        yield f"block {name}: precision tf32 is for GPUs, and the block is on the CPU; use fp32"
+    other = {port.dtype for port in manifest.inputs + manifest.outputs} & _OTHER_FLOATS
+    if other:
+        yield (
+            f"block {name}: precision {block.precision} is for float32 artifacts, and this one has "
+            f"{', '.join(sorted(other))}; leave it at fp32"
+        )
 
 
 def _device_problems(topology: Topology, devices: Collection[str]) -> Iterator[str]:
@@ -249,6 +286,17 @@ def _worker_problems(topology: Topology) -> Iterator[str]:
                 f"worker {worker}: {_blocks(blocks)} asked for it, but block {worker} names no "
                 f"worker and gets one of its own with that name; write `worker: {worker}` at block "
                 f"{worker} to share it, or choose another name"
+            )
+        modes = {
+            precision: block
+            for block in blocks
+            if (precision := topology.blocks[block].precision) in ("fp32", "tf32")
+        }
+        if len(modes) > 1:
+            yield (
+                f"worker {worker}: block {modes['fp32']} asks for fp32 and block {modes['tf32']} "
+                "for tf32, which is a setting of a whole process; give them the same, or two "
+                "workers"
             )
         if len({topology.blocks[block].device for block in blocks}) > 1:
             where = ", ".join(f"{block} on {topology.blocks[block].device}" for block in blocks)

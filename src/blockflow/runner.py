@@ -256,7 +256,7 @@ class GraphRunner:
                 expected = self._program(given)
                 self.take({name: (tensor,) for name, tensor in given.items()})
                 for name, found in self.run().items():
-                    _compare(name, found, expected[name])
+                    _compare(name, found, expected[name], self._program.dtype)
             below = bucket.rows
 
 
@@ -353,19 +353,12 @@ def _apart(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[
     }
 
 
-def _rounds_to_tf32(tensor: Tensor) -> bool:
-    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    return tensor.dtype == torch.float32 and any(
-        setting.fp32_precision == "tf32" for setting in settings
-    )
-
-
-def _compare(name: str, found: Tensor, expected: Tensor) -> None:
+def _compare(name: str, found: Tensor, expected: Tensor, computed_in: torch.dtype) -> None:
     if not expected.dtype.is_floating_point:
         same = torch.equal(found, expected)
     else:
         size = torch.nan_to_num(expected.double(), posinf=0.0, neginf=0.0).abs()
-        tolerance = 1e-2 if _rounds_to_tf32(expected) else _TOLERANCE[expected.dtype]
+        tolerance = max(_tolerance(expected.dtype), _tolerance(computed_in))
         bound = tolerance * float(size.max() if size.numel() else 0.0)
         same = torch.allclose(
             found.double(), expected.double(), rtol=0.0, atol=bound, equal_nan=True
@@ -375,3 +368,8 @@ def _compare(name: str, found: Tensor, expected: Tensor) -> None:
             f"replayed, {name} is another than when it is called: the model draws random numbers, "
             "or the rows of a batch depend on each other"
         )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return 1e-2 if dtype == torch.float32 and tf32 else _TOLERANCE[dtype]

@@ -152,6 +152,7 @@ class Block:
         ports = program.manifest.inputs + program.manifest.outputs
         self._limits = Limits(
             max_rows=spec.max_batch,
+            max_delay=spec.max_delay_ms / 1000,
             alone=any(not port.shape or port.shape[0] != BATCH for port in ports),
         )
         self._loop = Loop()
@@ -269,7 +270,7 @@ class Block:
                 self._on_fatal(f"block {self.spec.name}: {error}")
 
     def _warm(self) -> None:
-        self._runner = prepare(self._program, self.spec.max_batch)
+        self._runner = prepare(self._program, self.spec.max_batch, graphs=self.spec.cuda_graph)
         if self._runner.reason is not None:
             log.info("block %s runs eagerly: %s", self.spec.name, self._runner.reason)
 

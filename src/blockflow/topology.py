@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, NewType
+from typing import Annotated, Any, Literal, NewType
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,6 +30,7 @@ _MAX_VALUES = 200_000
 _MAX_DEPTH = 32
 _NESTED = "it is nested too deeply"
 
+Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 PortName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 
@@ -54,6 +55,23 @@ class Block(_Frozen):
     )
     # Strict: YAML's `yes` is not 1, and "8" is not 8.
     max_batch: int = Field(8, ge=1, le=4096, strict=True, description="most rows of one request")
+    max_delay_ms: float = Field(
+        0,
+        ge=0,
+        le=60_000,
+        strict=True,
+        allow_inf_nan=False,
+        description="how long a busy block waits for more requests before it computes a batch",
+    )
+    precision: Precision = Field(
+        "fp32", description="what a float32 artifact is computed in; its ports stay float32"
+    )
+    channels_last: bool = Field(
+        False, strict=True, description="lay images out with their channels last while computing"
+    )
+    cuda_graph: bool = Field(
+        True, strict=True, description="replay the block from CUDA graphs, where it can be captured"
+    )
 
 
 class Pipeline(_Frozen):
@@ -267,6 +285,10 @@ _EXPECTED = {
     "device": "must be cpu or cuda:<index>, such as cuda:0",
     "worker": f"must be a name; {_A_NAME}",
     "max_batch": "must be a whole number from 1 to 4096",
+    "max_delay_ms": "must be a number of milliseconds from 0 to 60000",
+    "precision": "must be fp32, tf32, fp16 or bf16",
+    "channels_last": "must be true or false",
+    "cuda_graph": "must be true or false",
     "store": "must be the path of a directory",
 }
 

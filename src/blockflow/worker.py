@@ -109,7 +109,13 @@ class Worker:
         started = []
         for spec, endpoint in zip(load.blocks, load.endpoints, strict=True):
             try:
-                program = programs.load(store, spec.digest, spec.device)
+                program = programs.load(
+                    store,
+                    spec.digest,
+                    spec.device,
+                    precision=spec.precision,
+                    channels_last=spec.channels_last,
+                )
             except (BlockFlowError, RuntimeError) as error:
                 raise StartFailed(f"block {spec.name} cannot be loaded: {error}") from error
             block = Block(spec, program, endpoint, self._blocks, self._die)
