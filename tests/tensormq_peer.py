@@ -1,4 +1,5 @@
-"""The other process of the TensorMQ tests: `python tensormq_peer.py ROLE ENDPOINT REPLY DEVICE`.
+"""The other process of the TensorMQ tests: `python tensormq_peer.py ROLE ENDPOINT REPLY DEVICE
+CARRIER DOORBELL`.
 
 echo:  receives on ENDPOINT and sends every message back, doubled, to REPLY.
 hold:  receives on ENDPOINT and releases nothing.
@@ -15,7 +16,7 @@ import time
 
 import torch
 
-from tensormq import Carrier, Loop, Pull, Push
+from tensormq import Carrier, Doorbell, Loop, Pull, Push
 
 
 def busy_for_a_minute() -> None:
@@ -23,11 +24,19 @@ def busy_for_a_minute() -> None:
 
 
 def main() -> None:
-    role, endpoint, reply, device, carrier = sys.argv[1:6]
+    role, endpoint, reply, device, carrier, bell = sys.argv[1:7]
+    doorbell = Doorbell(bell)
     carriers = None if carrier == "any" else [Carrier(carrier)]
     loop = Loop()
     if role == "flood":
-        push = Push(slots=4, slot_bytes=1 << 20, device=device, loop=loop, carriers=carriers)
+        push = Push(
+            slots=4,
+            slot_bytes=1 << 20,
+            device=device,
+            loop=loop,
+            carriers=carriers,
+            doorbell=doorbell,
+        )
         print("ready", flush=True)
         peer = push.connect(endpoint)
         number = 0
@@ -35,14 +44,21 @@ def main() -> None:
             number += 1
             push.send({"n": torch.full((1 << 16,), float(number), device=device)}, to=peer)
     if role == "tear":
-        push = Push(slots=2, slot_bytes=1 << 10, device=device, loop=loop, carriers=carriers)
+        push = Push(
+            slots=2,
+            slot_bytes=1 << 10,
+            device=device,
+            loop=loop,
+            carriers=carriers,
+            doorbell=doorbell,
+        )
         print("ready", flush=True)
         peer = push.connect(endpoint)
         push.send({"n": torch.ones(4, device=device)}, to=peer)
         busy_for_a_minute()
         push.send({"n": torch.ones(4, device=device)}, to=peer)
         time.sleep(60)
-    pull = Pull(endpoint, device=device, loop=loop, carriers=carriers)
+    pull = Pull(endpoint, device=device, loop=loop, carriers=carriers, doorbell=doorbell)
     print("ready", flush=True)
     if role == "cling":
         with pull.recv():
@@ -52,7 +68,9 @@ def main() -> None:
         held = []
         while True:
             held.append(pull.recv())
-    push = Push(slots=4, slot_bytes=32 << 20, device=device, loop=loop, carriers=carriers)
+    push = Push(
+        slots=4, slot_bytes=32 << 20, device=device, loop=loop, carriers=carriers, doorbell=doorbell
+    )
     peer = None
     while True:
         with pull.recv() as message:

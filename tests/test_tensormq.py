@@ -16,6 +16,7 @@ import zmq
 
 from tensormq import (
     Carrier,
+    Doorbell,
     EndpointError,
     Loop,
     NegotiationError,
@@ -37,6 +38,7 @@ CARRIERS = [
     pytest.param((Carrier.SHM, "cuda:0"), id="shm-of-a-gpu", marks=pytest.mark.gpu),
     pytest.param((Carrier.INLINE, "cuda:0"), id="inline-of-a-gpu", marks=pytest.mark.gpu),
 ]
+DOORBELLS = pytest.mark.parametrize("doorbell", list(Doorbell))
 DTYPES = ["float32", "float16", "bfloat16", "int64", "uint8", "bool", "complex64"]
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -47,9 +49,16 @@ def start() -> Iterator[Start]:
     """Start `tensormq_peer.py` in a role and wait until it is ready."""
     processes = []
 
-    def begin(role: str, endpoint: str, reply: str, device: str, carrier: str = "any"):  # type: ignore[no-untyped-def]
+    def begin(
+        role: str,
+        endpoint: str,
+        reply: str,
+        device: str,
+        carrier: str = "any",
+        doorbell: str = "ring",
+    ):  # type: ignore[no-untyped-def]
         process = subprocess.Popen(
-            [sys.executable, PEER, role, endpoint, reply, device, carrier],
+            [sys.executable, PEER, role, endpoint, reply, device, carrier, doorbell],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -84,19 +93,24 @@ def tensor_of(dtype: str, device: str) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@DOORBELLS
 @pytest.mark.parametrize("how", CARRIERS)
-def test_conformance(how: tuple[Carrier, str], run_dir: Path, start: Start) -> None:
+def test_conformance(
+    how: tuple[Carrier, str], doorbell: Doorbell, run_dir: Path, start: Start
+) -> None:
     """Every dtype, several tensors, odd shapes, metadata, back-pressure, to a process and back."""
     carrier, device = how
     there, back = f"ipc://{run_dir}/there.sock", f"ipc://{run_dir}/back.sock"
-    process = start("echo", there, back, device, str(carrier))
+    process = start("echo", there, back, device, str(carrier), str(doorbell))
     with (
         Loop() as loop,
-        Pull(back, device=device, loop=loop) as pull,
-        Push(slots=3, slot_bytes=32 << 20, device=device, loop=loop) as push,
+        Pull(back, device=device, loop=loop, doorbell=doorbell) as pull,
+        Push(slots=3, slot_bytes=32 << 20, device=device, loop=loop, doorbell=doorbell) as push,
     ):
         peer = push.connect(there)
         assert peer.statistics.carrier is carrier
+        inline = carrier is Carrier.INLINE
+        assert peer.statistics.doorbell is (Doorbell.ZEROMQ if inline else doorbell)
         requests = (Request(7, 1, 2.5), Request(8, 2))
 
         def answer(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -215,15 +229,16 @@ def test_several_producers_into_one_consumer(run_dir: Path) -> None:
 
 
 @pytest.mark.slow
+@DOORBELLS
 @pytest.mark.parametrize("how", CARRIERS)
 def test_a_killed_consumer_gives_its_slots_back(
-    how: tuple[Carrier, str], run_dir: Path, start: Start
+    how: tuple[Carrier, str], doorbell: Doorbell, run_dir: Path, start: Start
 ) -> None:
     carrier, device = how
     endpoint = f"ipc://{run_dir}/hold.sock"
-    process = start("hold", endpoint, "-", device, str(carrier))
+    process = start("hold", endpoint, "-", device, str(carrier), str(doorbell))
     lost: list[Peer] = []
-    with Push(slots=3, slot_bytes=4096, device=device) as push:
+    with Push(slots=3, slot_bytes=4096, device=device, doorbell=doorbell) as push:
         push.on_lost = lost.append
         peer = push.connect(endpoint)
         for _ in range(3):
@@ -237,18 +252,21 @@ def test_a_killed_consumer_gives_its_slots_back(
         assert time.monotonic() - killed < 1
         assert (push.leased_slots, push.free_slots) == (0, 3)
         process.wait()
-        start("hold", endpoint, "-", device, str(carrier))  # its successor joins at the same place
+        start(
+            "hold", endpoint, "-", device, str(carrier), str(doorbell)
+        )  # its successor joins at the same place
         push.send({"x": torch.ones(4, device=device)}, to=push.connect(endpoint))
 
 
 @pytest.mark.slow
+@DOORBELLS
 @pytest.mark.parametrize("how", CARRIERS)
 def test_what_a_killed_producer_sent_stays_whole(
-    how: tuple[Carrier, str], run_dir: Path, start: Start
+    how: tuple[Carrier, str], doorbell: Doorbell, run_dir: Path, start: Start
 ) -> None:
     carrier, device = how
-    with Pull(f"ipc://{run_dir}/in.sock", device=device) as pull:
-        process = start("flood", pull.endpoint, "-", device, str(carrier))
+    with Pull(f"ipc://{run_dir}/in.sock", device=device, doorbell=doorbell) as pull:
+        process = start("flood", pull.endpoint, "-", device, str(carrier), str(doorbell))
         last = 0.0
         for _ in range(20):
             with pull.recv(timeout=10) as message:
@@ -265,7 +283,9 @@ def test_what_a_killed_producer_sent_stays_whole(
             pass
         assert pull.leases == 0
         assert pull._channels == {}
-        start("flood", pull.endpoint, "-", device, str(carrier))  # its successor starts anew
+        start(
+            "flood", pull.endpoint, "-", device, str(carrier), str(doorbell)
+        )  # its successor starts anew
         with pull.recv(timeout=10) as message:
             assert message.tensors["n"][0].item() == 1.0
 

@@ -6,8 +6,9 @@
     with pull.recv(timeout=1.0) as message:      push.send({"x": tensor}, to=peer)
         use(message.tensors["x"])
 
-A message is a small descriptor carried by ZeroMQ; the tensors stay in the producer's memory
-(shared memory on a CPU, CUDA IPC on a GPU) until the consumer releases them.
+A message is a small descriptor, carried by a ring in shared memory or by ZeroMQ; the tensors stay
+in the producer's memory (shared memory on a CPU, CUDA IPC on a GPU) until the consumer releases
+them.
 """
 
 from .errors import (
@@ -15,6 +16,7 @@ from .errors import (
     NegotiationError,
     PeerLost,
     ProtocolError,
+    RingBroken,
     TensorMQError,
     TensorTooLarge,
     Timeout,
@@ -23,11 +25,12 @@ from .errors import (
 from .loop import Loop
 from .pull import Message, Pull
 from .push import ChannelStatistics, Filling, Peer, Push
-from .wire import Carrier, Request, slot_size
+from .wire import Carrier, Doorbell, Request, slot_size
 
 __all__ = [
     "Carrier",
     "ChannelStatistics",
+    "Doorbell",
     "EndpointError",
     "Filling",
     "Loop",
@@ -39,6 +42,7 @@ __all__ = [
     "Pull",
     "Push",
     "Request",
+    "RingBroken",
     "TensorMQError",
     "TensorTooLarge",
     "Timeout",

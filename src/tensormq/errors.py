@@ -2,6 +2,7 @@
 
 TensorMQError
 ├── ProtocolError     the peer's fault: a frame that is not a message of this protocol
+├── RingBroken        the peer's fault: shared memory that says what cannot be; ends the channel
 ├── EndpointError     an endpoint that cannot be bound safely or reached
 ├── NegotiationError  two ends that share no allowed carrier
 ├── TensorTooLarge    tensors that do not fit the slot they are meant for
@@ -19,6 +20,10 @@ class TensorMQError(Exception):
 
 class ProtocolError(TensorMQError):
     """A frame that the wire format does not allow; the channel ignores and counts it."""
+
+
+class RingBroken(TensorMQError):
+    """A ring whose positions or lengths cannot be; the channel is closed."""
 
 
 class EndpointError(TensorMQError):

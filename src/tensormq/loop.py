@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -12,26 +13,59 @@ from typing import Self
 
 import zmq
 
+from . import wire
+from .ring import Reader, ring_bell
+
 Callback = Callable[[], None]
+
+_BACKSTOP = 0.1  # seconds; see Loop._park
+_GLANCES = 16
+"""How often the rings are looked at before the sockets are, which takes a system call each."""
+
+_MANY_CORES = 8
+_SPIN = 200e-6
+
+# The threads of a process share one interpreter lock: a second one that spins gains nothing.
+_spinning = threading.Lock()
+
+
+def default_spin() -> float:
+    """Seconds that a loop looks out before it sleeps, where nothing else is asked for.
+
+    None on a machine of few cores: there the spinning takes the core from the very process that
+    is waited for.
+    """
+    return _SPIN if len(os.sched_getaffinity(0)) >= _MANY_CORES else 0.0
 
 
 class Loop:
-    """Waits on sockets and file descriptors and calls back; used from one thread.
+    """Waits on rings, sockets and file descriptors and calls back; used from one thread.
 
     Push and Pull ends given the same loop share a thread. `call_soon` is the only method that
     other threads may use.
+
+    spin: seconds for which the loop goes on looking after something has happened, before it
+        sleeps; None chooses by the number of cores. A thread that sleeps is woken by the kernel,
+        which takes microseconds on a machine of its own and up to hundreds in a virtual one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, spin: float | None = None) -> None:
         # One context, with its one I/O thread, serves the whole process.
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._poller = zmq.Poller()
         self._callbacks: dict[object, Callback] = {}
+        self._rings: list[tuple[Reader, Callback]] = []
         self._calls: deque[Callback] = deque()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._spin = default_spin() if spin is None else spin
+        self._stirred = time.monotonic()
+        self._glances = 0
+        self._fence = threading.Lock()
+        # A pipe, for a peer can open it through /proc, and an eventfd it cannot.
+        self._wake, self._bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.bell = wire.Bell(self._bell, os.fstat(self._bell).st_ino)
         self._closed = False
         self._closing = threading.Lock()
-        self.watch(self._wake, self._run_calls)
+        self.watch(self._wake, self._woken)
 
     def watch(self, source: zmq.Socket[bytes] | int, callback: Callback) -> None:
         """Call `callback` whenever `source` (a socket or a file descriptor) is readable."""
@@ -42,20 +76,34 @@ class Loop:
         if self._callbacks.pop(source, None) is not None:
             self._poller.unregister(source)
 
+    def watch_ring(self, ring: Reader, callback: Callback) -> None:
+        """Call `callback` whenever `ring`, whose writer has this loop's bell, is ready."""
+        self._rings = [*self._rings, (ring, callback)]
+
+    def unwatch_ring(self, ring: Reader) -> None:
+        self._rings = [entry for entry in self._rings if entry[0] is not ring]
+
+    def stir(self) -> None:
+        """Something happened: an answer may follow soon, so the loop does not sleep yet."""
+        self._stirred = time.monotonic()
+
     def call_soon(self, callback: Callback) -> None:
         """Run `callback` in the loop's thread; may be called from any thread."""
         self._calls.append(callback)
         with self._closing:  # the descriptor's number may belong to somebody else after close
             if not self._closed:
-                os.eventfd_write(self._wake, 1)
+                ring_bell(self._bell)
 
     def run_once(self, timeout: float | None = None) -> None:
         """Handle what is there, or what comes first within `timeout` seconds (None: for ever)."""
-        wait = None if timeout is None else max(0, int(timeout * 1000 + 0.999))
-        for source, _ in self._poller.poll(wait):
-            callback = self._callbacks.get(source)
-            if callback is not None:  # an earlier callback of this round may have unwatched it
-                callback()
+        end = None if timeout is None else time.monotonic() + timeout
+        if self._look():
+            return
+        # Not by whoever only wants to know what is there.
+        if self._spin and timeout != 0 and self._watch_closely(end):
+            return
+        while not self._park(end) and (end is None or time.monotonic() < end):
+            pass
 
     def run_until(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
         """Handle events until `done()` holds; False when `timeout` seconds passed before."""
@@ -67,15 +115,83 @@ class Loop:
             self.run_once(left)
         return True
 
+    def _look(self) -> bool:
+        """Handle what the rings hold, and now and then what the sockets do."""
+        found = False
+        for ring, callback in self._rings:
+            if ring.ready:
+                callback()
+                found = True
+        self._glances += 1
+        if self._glances >= _GLANCES:
+            found = self._poll(0) or found
+        if found:
+            self._stirred = time.monotonic()
+        return found
+
+    def _watch_closely(self, end: float | None) -> bool:
+        """Spin until something happens (True), or nothing has for a while."""
+        until = self._stirred + self._spin
+        if end is not None:
+            until = min(until, end)
+        if time.monotonic() >= until or not _spinning.acquire(blocking=False):
+            return False
+        try:
+            while time.monotonic() < until:
+                # Gives up the interpreter lock, so that this process' other threads go on, and
+                # the core if somebody waits for it. `time.sleep(0)` takes tens of microseconds.
+                os.sched_yield()
+                if self._look():
+                    return True
+        finally:
+            _spinning.release()
+        return False
+
+    def _park(self, end: float | None) -> bool:
+        """Sleep until something happens or `end`; False when nothing did.
+
+        The order is that of `ring`: say that this end sleeps, fence, look again. Should a frame
+        be missed all the same, the sleep is cut short.
+        """
+        wait = None if end is None else max(0.0, end - time.monotonic())
+        if not self._rings:
+            return self._poll(wait)
+        for ring, _ in self._rings:
+            ring.park()
+        self._fence.acquire()
+        self._fence.release()
+        if any(ring.ready for ring, _ in self._rings):
+            wait = 0.0
+        try:
+            found = self._poll(_BACKSTOP if wait is None else min(wait, _BACKSTOP))
+        finally:
+            for ring, _ in self._rings:  # others, perhaps: callbacks open and close channels
+                ring.unpark()
+        return self._look() or found
+
+    def _poll(self, wait: float | None) -> bool:
+        """Handle what sockets and descriptors have within `wait` seconds (None: for ever)."""
+        self._glances = 0
+        events = self._poller.poll(None if wait is None else int(wait * 1000 + 0.999))
+        for source, _ in events:
+            callback = self._callbacks.get(source)
+            if callback is not None:  # an earlier callback of this round may have unwatched it
+                callback()
+        if events:
+            self._stirred = time.monotonic()
+        return bool(events)
+
     def close(self) -> None:
         with self._closing:
             if not self._closed:
                 self._closed = True
                 self.unwatch(self._wake)
                 os.close(self._wake)
+                os.close(self._bell)
 
-    def _run_calls(self) -> None:
-        os.eventfd_read(self._wake)
+    def _woken(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # a callback before ran the loop itself
+            os.read(self._wake, 4096)
         # Only what was there: a callback that queues another must not starve the sockets. And one
         # that runs the loop itself may have taken some of these already.
         for _ in range(len(self._calls)):

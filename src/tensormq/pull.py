@@ -14,11 +14,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 import zmq
 
-from . import host, wire
-from .errors import EndpointError, NegotiationError, ProtocolError, TensorMQError, Timeout
+from . import host, ring, wire
+from .errors import (
+    EndpointError,
+    NegotiationError,
+    ProtocolError,
+    RingBroken,
+    TensorMQError,
+    Timeout,
+)
 from .loop import Loop
 from .process import open_pidfd
-from .wire import Carrier, Request
+from .ring import Line
+from .wire import Carrier, Doorbell, Request
 
 if TYPE_CHECKING:
     from .cuda import Completions, DeviceMapping, PinnedMemory
@@ -97,6 +105,7 @@ class _Channel:
         self.ending = False
         self.leases = 0
         self.pidfd: int | None = None
+        self.line: Line | None = None
         self._host: host.HostMapping | None = None
         self._device: DeviceMapping | None = None
         self._pinned: PinnedMemory | None = None
@@ -152,7 +161,7 @@ class _Channel:
 
     def _give_back(self, slot: int, sequence: int) -> None:
         self.leases -= 1
-        self.pull._answer(self, wire.Release(self.epoch, sequence, slot))
+        self.pull._give_back(self, slot, sequence)
         if self.ending and not self.leases:
             self.pull._end(self)
 
@@ -195,6 +204,7 @@ class Pull:
         torch tensors that may lie on that GPU (those of a producer without one are in pinned
         host memory, to be uploaded with `non_blocking=True`).
     carriers: restrict what may be negotiated; None allows all that the device can do.
+    doorbell: ZEROMQ keeps every message to the socket; RING uses shared memory where that can be.
     loop: share a thread's loop with other ends; a private one by default.
 
     On a GPU a message is announced before its content is computed. `torn` counts those whose
@@ -212,6 +222,7 @@ class Pull:
         *,
         device: str | None = None,
         carriers: Sequence[Carrier] | None = None,
+        doorbell: Doorbell = Doorbell.RING,
         loop: Loop | None = None,
     ) -> None:
         self.endpoint = endpoint
@@ -219,6 +230,7 @@ class Pull:
         self._gpu = device is not None and device.startswith("cuda")
         self._loop = loop or Loop()
         self._owns_loop = loop is None
+        self._rings = doorbell is Doorbell.RING and ring.supported()
         self._channels: dict[bytes, _Channel] = {}
         self._inbox: deque[tuple[_Channel, wire.Deliver, memoryview | None]] = deque()
         self._completions: Completions | None = None
@@ -275,6 +287,12 @@ class Pull:
             except zmq.Again:
                 return
             sender = identity.bytes
+            channel = self._channels.get(sender)
+            if channel is not None and channel.line is not None:
+                # What is in the ring was said before: a Bye must not overtake descriptors.
+                self._drain(channel)
+                if channel.line is not None:
+                    channel.line.incoming.arrive()
             try:
                 if not frames or len(frames) > 2 or len(frames[0]) > wire.MAX_FRAME:
                     raise ProtocolError("not one or two frames of allowed length")
@@ -283,6 +301,30 @@ class Pull:
             except ProtocolError as error:
                 self.rejected += 1
                 log.warning("rejected a frame at %s: %s", self.endpoint, error)
+
+    def _drain(self, channel: _Channel) -> None:
+        """Handle what a producer has put into its ring."""
+        try:
+            while channel.line is not None and (frame := channel.line.incoming.read()) is not None:
+                try:
+                    self._handle(channel.identity, wire.decode_to_consumer(frame), None)
+                except ProtocolError as error:
+                    self.rejected += 1
+                    log.warning("rejected a frame at %s: %s", self.endpoint, error)
+        except RingBroken as error:
+            self._cut_off(channel, error)
+
+    def _cut_off(self, channel: _Channel, error: RingBroken) -> None:
+        """Close a channel whose producer writes where it must not.
+
+        The producer is told when the last lease has ended, so that it does not write to a slot
+        that is being read.
+        """
+        log.error("a channel of %s is closed, for its ring is broken: %s", self.endpoint, error)
+        self._unring(channel)
+        channel.ending = True
+        if not channel.leases:
+            self._end(channel)
 
     def _handle(self, sender: bytes, message: wire.ToConsumer, payload: memoryview | None) -> None:
         channel = self._channels.get(sender)
@@ -340,10 +382,27 @@ class Pull:
             channel.unmap()
             self._answer(channel, wire.Decline(channel.epoch, str(error)))
             return
-        self._answer(channel, wire.Welcome(channel.epoch))
+        bell = self._open_line(channel, offer)
+        self._answer(channel, wire.Welcome(channel.epoch, bell))
+
+    def _open_line(self, channel: _Channel, offer: wire.Offer) -> wire.Bell | None:
+        """Join the rings that were offered; without them the channel keeps to its socket."""
+        if offer.rings is None or not self._rings:
+            return None
+        if channel.abilities.process.host != self._abilities.process.host:
+            return None
+        try:
+            line = ring.join(channel.abilities.process, offer.nonce, offer.rings)
+        except (TensorMQError, OSError, ValueError) as error:
+            log.warning("a channel of %s keeps to its socket: %s", self.endpoint, error)
+            return None
+        channel.line = line
+        self._loop.watch_ring(line.incoming, lambda: self._drain(channel))
+        return self._loop.bell
 
     def _lose(self, channel: _Channel) -> None:
         """The producer's process ended: what it sent whole stays readable until it is released."""
+        self._drain(channel)
         channel.ending = True
         self._unwatch(channel)
         untaken, taken = channel.torn()
@@ -371,6 +430,7 @@ class Pull:
             return
         channel.unmap()
         self._unwatch(channel)
+        self._unring(channel)
         self._answer(channel, wire.Bye(channel.epoch))
 
     def _unwatch(self, channel: _Channel) -> None:
@@ -378,6 +438,23 @@ class Pull:
             self._loop.unwatch(channel.pidfd)
             os.close(channel.pidfd)
             channel.pidfd = None
+
+    def _unring(self, channel: _Channel) -> None:
+        if channel.line is not None:
+            self._loop.unwatch_ring(channel.line.incoming)
+            channel.line.close()
+            channel.line = None
+
+    def _give_back(self, channel: _Channel, slot: int, sequence: int) -> None:
+        release = wire.Release(channel.epoch, sequence, slot)
+        self._loop.stir()
+        if channel.line is not None:
+            try:
+                if channel.line.send(wire.encode(release)):
+                    return
+            except RingBroken as error:
+                self._cut_off(channel, error)
+        self._answer(channel, release)
 
     def _answer(self, channel: _Channel, message: wire.ToProducer) -> None:
         if not self._socket.closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import zmq
 
-from . import host, wire
+from . import host, ring, wire
 from .errors import (
     EndpointError,
     NegotiationError,
     PeerLost,
     ProtocolError,
+    RingBroken,
     TensorTooLarge,
     Timeout,
     UnsupportedTensor,
@@ -27,7 +29,8 @@ from .host import Tensor
 from .loop import Loop
 from .pool import SlotPool
 from .process import open_pidfd
-from .wire import Carrier, Request
+from .ring import Line, Rings
+from .wire import Carrier, Doorbell, Request
 
 if TYPE_CHECKING:
     from .cuda import Completions, DeviceSlab, PinnedMemory
@@ -41,6 +44,7 @@ class ChannelStatistics:
 
     endpoint: str
     carrier: Carrier
+    doorbell: Doorbell = Doorbell.ZEROMQ
     messages: int = 0
     bytes: int = 0
     host_bytes: int = 0
@@ -57,6 +61,7 @@ class Peer:
         self._socket = socket
         self._answers: list[wire.ToProducer] = []
         self._lane: _Lane | None = None
+        self._line: Line | None = None
         self._pidfd: int | None = None
         self.statistics = ChannelStatistics(endpoint, Carrier.INLINE)
 
@@ -109,6 +114,7 @@ class Push:
     (each tensor starts at a multiple of 256). Memory is allocated when the first peer needs it.
     device: where tensors come from: None for NumPy arrays, "cpu" or "cuda:0" for torch tensors.
     carriers: restrict what may be negotiated; None allows all that the device can do.
+    doorbell: ZEROMQ keeps every message to the socket; RING uses shared memory where that can be.
     loop: share a thread's loop with other ends; a private one by default.
     """
 
@@ -119,6 +125,7 @@ class Push:
         slot_bytes: int,
         device: str | None = None,
         carriers: Sequence[Carrier] | None = None,
+        doorbell: Doorbell = Doorbell.RING,
         loop: Loop | None = None,
     ) -> None:
         if not 1 <= slots <= wire.MAX_SLOTS:
@@ -128,6 +135,7 @@ class Push:
         self._device = device
         self._loop = loop or Loop()
         self._owns_loop = loop is None
+        self._rings = doorbell is Doorbell.RING and ring.supported()
         self._lanes: dict[Carrier, _Lane] = {}
         self._peers: list[Peer] = []
         self._sequence = 0
@@ -191,11 +199,24 @@ class Push:
             if allowed is not None and carrier not in allowed:
                 continue
             lane = self._lane(carrier)
-            offer = wire.Offer(
-                lane.nonce, carrier, self._slots, self._slot_bytes, lane.slab.offer()
-            )
-            self._say(peer, [wire.encode(offer)])
-            answer = self._answer(peer, end)
+            with contextlib.ExitStack() as stack:
+                # Tensors that travel through the socket would have to be waited for.
+                rings = None
+                if self._rings and carrier is not Carrier.INLINE:
+                    rings = Rings(lane.nonce, self._slots, self._loop.bell)
+                    stack.callback(rings.close)
+                offer = wire.Offer(
+                    lane.nonce,
+                    carrier,
+                    self._slots,
+                    self._slot_bytes,
+                    lane.slab.offer(),
+                    rings.offer if rings else None,
+                )
+                self._say(peer, [wire.encode(offer)])
+                answer = self._answer(peer, end)
+                if rings and isinstance(answer, wire.Welcome) and answer.bell is not None:
+                    self._open(peer, rings.line(card.abilities.process, answer.bell))
             if isinstance(answer, wire.Welcome):
                 self._admit(peer, lane, offer)
                 if obstacles and carrier is Carrier.INLINE:
@@ -206,6 +227,11 @@ class Push:
         raise NegotiationError(
             f"no carrier to {peer.endpoint}: " + ("; ".join(obstacles) or "none is allowed")
         )
+
+    def _open(self, peer: Peer, line: Line) -> None:
+        peer._line = line
+        peer.statistics.doorbell = Doorbell.RING
+        self._loop.watch_ring(line.incoming, lambda: self._drain(peer))
 
     def _admit(self, peer: Peer, lane: _Lane, offer: wire.Offer) -> None:
         peer._lane = lane
@@ -298,7 +324,7 @@ class Push:
             deliver = [wire.Deliver(p.epoch, 0, -1, (), requests, route, note) for p in peers]
             frames = [_descriptor(message) for message in deliver]
             for peer, frame in zip(peers, frames, strict=True):
-                self._say(peer, [frame])
+                self._hand(peer, frame)
             return
         specs = wire.lay_out({n: host.describe(t) for n, t in tensors.items()}, self._slot_bytes)
         groups: dict[int, tuple[_Lane, list[Peer]]] = {}
@@ -402,7 +428,10 @@ class Push:
                 if lane.slab.carrier is not Carrier.CUDA_IPC:
                     peer.statistics.host_bytes += size
                 # The slot stays leased until the consumer has the bytes: no need to copy them.
-                self._say(peer, [frame, *payload], copy=not payload)
+                if payload:
+                    self._say(peer, [frame, *payload], copy=False)
+                else:
+                    self._hand(peer, frame)
 
         if self._gpu and lane.slab.carrier is not Carrier.CUDA_IPC:
             self._after_gpu(announce)
@@ -427,6 +456,18 @@ class Push:
         if not peer._socket.closed:
             peer._socket.send_multipart(frames, copy=copy)
 
+    def _hand(self, peer: Peer, frame: bytes) -> None:
+        """Send what is nothing but a frame the quickest way there is."""
+        self._loop.stir()
+        if peer._line is not None:
+            try:
+                if peer._line.send(frame):
+                    return
+            except RingBroken as error:
+                self._cut_off(peer, error)
+                return
+        self._say(peer, [frame])
+
     # What comes back
 
     def _receive(self, peer: Peer) -> None:
@@ -435,11 +476,40 @@ class Push:
                 frame = peer._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            if peer._line is not None:
+                # What is in the ring was said before: a Bye must not overtake releases.
+                self._drain(peer)
+                peer._line.incoming.arrive()
             try:
                 self._handle(peer, wire.decode_to_producer(frame))
             except ProtocolError as error:
                 self.rejected += 1
                 log.warning("rejected a frame of %s: %s", peer.endpoint, error)
+
+    def _drain(self, peer: Peer) -> None:
+        """Handle what the consumer has put into its ring."""
+        try:
+            while peer._line is not None and (frame := peer._line.incoming.read()) is not None:
+                try:
+                    self._handle(peer, wire.decode_to_producer(frame))
+                except ProtocolError as error:
+                    self.rejected += 1
+                    log.warning("rejected a frame of %s: %s", peer.endpoint, error)
+        except RingBroken as error:
+            self._cut_off(peer, error)
+
+    def _cut_off(self, peer: Peer, error: RingBroken) -> None:
+        """Leave a consumer that writes where it must not.
+
+        The slots that it may still be reading are never used again: better short of memory than
+        wrong.
+        """
+        log.error("the channel to %s is closed, for its ring is broken: %s", peer.endpoint, error)
+        self._say(peer, [wire.encode(wire.Bye(peer.epoch))])
+        peer.lost = f"its ring is broken: {error}"
+        self._drop(peer)
+        if self.on_lost is not None:
+            self.on_lost(peer)
 
     def _handle(self, peer: Peer, message: wire.ToProducer) -> None:
         match message:
@@ -476,6 +546,10 @@ class Push:
     def _drop(self, peer: Peer) -> None:
         if peer in self._peers:
             self._peers.remove(peer)
+        if peer._line is not None:
+            self._loop.unwatch_ring(peer._line.incoming)
+            peer._line.close()
+            peer._line = None
         if peer._pidfd is not None:
             self._loop.unwatch(peer._pidfd)
             os.close(peer._pidfd)

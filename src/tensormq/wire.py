@@ -74,6 +74,13 @@ class Carrier(StrEnum):
     INLINE = "inline"
 
 
+class Doorbell(StrEnum):
+    """How a consumer learns of a message, and a producer of a release."""
+
+    RING = "ring"
+    ZEROMQ = "zeromq"
+
+
 class _Frozen(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     pass
 
@@ -159,6 +166,26 @@ class NoSlab(_Frozen, frozen=True, tag="none"):
 Slab: TypeAlias = HostSlab | DeviceSlab | NoSlab
 
 
+class Bell(_Frozen, frozen=True):
+    """The pipe that wakes a loop, reached through /proc/<pid>/fd/<fd> and known by its inode."""
+
+    fd: int
+    inode: int
+
+
+class Rings(_Frozen, frozen=True):
+    """A memfd with the rings to the consumer (`down` bytes) and back (`up`); powers of two.
+
+    `bell` is that of the producer's loop.
+    """
+
+    fd: int
+    inode: int
+    down: int
+    up: int
+    bell: Bell
+
+
 class Offer(_Frozen, frozen=True, tag="offer"):
     """Memory to map; `nonce` stands at its start, so that a mapping can be verified."""
 
@@ -167,12 +194,17 @@ class Offer(_Frozen, frozen=True, tag="offer"):
     slots: int
     slot_bytes: int
     slab: Slab
+    rings: Rings | None = None
 
 
 class Welcome(_Frozen, frozen=True, tag="welcome"):
-    """The offer is mapped."""
+    """The offer is mapped.
+
+    `bell`: that of the consumer's loop, if it has mapped the rings too and they are in use.
+    """
 
     epoch: int
+    bell: Bell | None = None
 
 
 class Decline(_Frozen, frozen=True, tag="decline"):
