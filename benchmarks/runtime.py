@@ -1,0 +1,473 @@
+"""ResNet-50 in four blocks beside the whole network: latency and throughput of the block runtime.
+
+    python benchmarks/runtime.py --device cuda:0 --precision tf32 --json runtime-cuda.json
+    python benchmarks/runtime.py --device cpu --rounds 6 --json runtime-cpu.json
+
+Variants, which take turns in every round:
+
+    called               the whole network, called in this process
+    replayed             the same from one CUDA graph: what every other figure is compared with
+    four replayed        the four blocks in this process, each from its graph on its own stream,
+                         handed over as blocks of one worker do it, but by one thread
+    worker: one block    the whole network as the only block of a worker
+    worker: four blocks  the four blocks in one worker
+    four workers         each of the four blocks in a worker of its own
+
+In the first three, time is from having the input on the device to having the output there. In the
+others this process stands where the gateway does: it sends tensors of its device through TensorMQ,
+and time is from the beginning of the send to having the answer on its own device. Nothing is
+batched (max_batch 1). On a GPU, its work is waited for before and after each request; the clock is
+the host's. Every answer of a latency round is compared with the called network's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# As the supervisor has it in workers: the whole network, too, is to spare the cores of others.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import measured
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from blockflow import protocol
+from blockflow.artifact import Store
+from blockflow.export import example
+from blockflow.models import resolve
+from blockflow.program import Program, load
+from blockflow.protocol import Route, RouteId, Step
+from blockflow.reconcile import BlockSpec, wiring
+from blockflow.runner import Runner, prepare
+from blockflow.split import SplitResult, split_model
+from blockflow.supervisor import Child, Supervisor
+from blockflow.topology import BlockName, PipelineName
+from tensormq import Loop, Message, Peer, Pull, Push, Request, slot_size
+
+_WARM = 20
+_TIMEOUT = 60.0
+
+
+class Direct:
+    """Blocks of this process in one thread, handed over as blocks of one worker do it."""
+
+    concurrent = False
+
+    def __init__(self, name: str, programs: Sequence[Program], *, graphs: bool) -> None:
+        self.name = name
+        self._device = programs[0].device
+        self._streams: list[torch.cuda.Stream | None] = []
+        self._runners: list[Runner] = []
+        for program in programs:
+            stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+            with _on(stream):
+                self._runners.append(prepare(program, 1, graphs=graphs))
+            self._streams.append(stream)
+        manifests = [program.manifest for program in programs]
+        self._wirings = [{port.name: port.name for port in manifests[0].inputs}]
+        self._wirings += [wiring(*pair) for pair in itertools.pairwise(manifests)]
+        self.kinds = tuple(f"{runner.kind} ({runner.reason})" for runner in self._runners)
+
+    def ask(self, x: Tensor) -> Tensor:
+        output = self._launch(x)
+        _wait(self._streams[-1])
+        return output
+
+    def _launch(self, x: Tensor) -> Tensor:
+        loan = None
+        tensors: Mapping[str, Tensor] = {next(iter(self._wirings[0])): x}
+        for runner, stream, wires in zip(self._runners, self._streams, self._wirings, strict=True):
+            with _on(stream):
+                parts = {mine: [tensors[theirs]] for mine, theirs in wires.items()}
+                reading = loan.reading(stream) if loan and stream else contextlib.nullcontext()
+                with reading:
+                    runner.take(parts)
+                if loan is not None:
+                    loan.end()
+                tensors = runner.run()
+                loan = runner.lend(tensors) if runner is not self._runners[-1] else None
+                if loan is not None:
+                    tensors = loan.tensors.copy()
+        return next(iter(tensors.values()))
+
+    def throughput(self, x: Tensor, seconds: float, under_way: int) -> float:
+        """Answers a second, with the host at most `under_way` requests ahead of the device."""
+        events: list[torch.cuda.Event] = []
+        done, end, start = 0, time.monotonic() + seconds, time.monotonic()
+        stream = self._streams[-1]
+        while time.monotonic() < end:
+            self._launch(x)
+            done += 1
+            if stream is not None:
+                events.append(stream.record_event())
+                if len(events) >= under_way:
+                    events.pop(0).synchronize()
+        _wait(stream)
+        return done / (time.monotonic() - start)
+
+    def close(self) -> None: ...
+
+
+class Deployed:
+    """Blocks in workers; this process stands where the gateway does."""
+
+    concurrent = True
+
+    def __init__(
+        self,
+        name: str,
+        workers: Sequence[Sequence[int]],
+        blocks: SplitResult,
+        options: argparse.Namespace,
+        control: Control,
+        number: int,
+    ) -> None:
+        self.name = name
+        self._device = options.device
+        self._gpu = options.device.startswith("cuda")
+        self._control = control
+        run_dir = control.run_dir
+        specs = [
+            BlockSpec(
+                name=BlockName(block.name),
+                digest=block.digest,
+                device=options.device,
+                max_batch=1,
+                precision=options.precision,
+                channels_last=options.channels_last,
+            )
+            for block in blocks.blocks
+        ]
+        endpoints = [f"ipc://{run_dir}/{number}.{index}.sock" for index in range(len(specs))]
+        self._children = [
+            control.start(
+                f"{name} {place}",
+                protocol.Load(
+                    str(blocks.store),
+                    tuple(specs[index] for index in members),
+                    tuple(endpoints[index] for index in members),
+                ),
+            )
+            for place, members in enumerate(workers)
+        ]
+        manifests = [block.manifest for block in blocks.blocks]
+        wirings = [{port.name: port.name for port in manifests[0].inputs}]
+        wirings += [wiring(*pair) for pair in itertools.pairwise(manifests)]
+        self._route = Route(
+            id=RouteId(number),
+            pipeline=PipelineName(name.replace(" ", "-")),
+            steps=tuple(
+                Step(spec.name, endpoint, wires, 1)
+                for spec, endpoint, wires in zip(specs, endpoints, wirings, strict=True)
+            ),
+            results=f"ipc://{run_dir}/{number}.results.sock",
+            inputs=manifests[0].inputs,
+            outputs=manifests[-1].outputs,
+            gives={port.name: port.name for port in manifests[-1].outputs},
+            max_batch=1,
+        )
+        self._input = manifests[0].inputs[0]
+        self._loop = Loop()
+        self._pull = Pull(self._route.results, device=options.device, loop=self._loop)
+        self._push = Push(
+            slots=max(options.under_way),
+            slot_bytes=slot_size({"x": (self._input.dtype, self._input.sized(1))}),
+            device=options.device,
+            loop=self._loop,
+        )
+        for child in self._children:
+            control.command(child, protocol.Connect((self._route,)), self._loop)
+        self._peer: Peer = self._push.connect(endpoints[0], timeout=_TIMEOUT)
+        self.kinds: tuple[str, ...] = ()
+
+    def ask(self, x: Tensor) -> Tensor:
+        self._send(x)
+        message = self._receive()
+        output = next(iter(message.tensors.values())).clone()
+        message.release()
+        return output
+
+    def _send(self, x: Tensor) -> None:
+        self._push.send(
+            {self._input.name: x},
+            to=self._peer,
+            requests=(Request(1, 1, 0.0),),
+            route=self._route.id,
+        )
+
+    def _receive(self) -> Message:
+        message = self._pull.recv(_TIMEOUT)
+        if not message.tensors:
+            raise RuntimeError(f"{self.name}: {protocol.decode_note(message.note).error}")
+        if self._gpu:
+            torch.cuda.current_stream(self._device).synchronize()
+        return message
+
+    def throughput(self, x: Tensor, seconds: float, under_way: int) -> float:
+        """Answers a second with so many requests under way."""
+        for _ in range(under_way):
+            self._send(x)
+        start, done = time.monotonic(), 0
+        while time.monotonic() < start + seconds:
+            self._receive().release()
+            done += 1
+            self._send(x)
+        passed = time.monotonic() - start
+        for _ in range(under_way):
+            self._receive().release()
+        return done / passed
+
+    def close(self) -> None:
+        self.kinds = tuple(
+            f"{block.block}: {block.runner} ({block.runner_reason})"
+            for child in self._children
+            if isinstance(child.report, protocol.WorkerReport)
+            for block in child.report.blocks
+        )
+        self._push.close()
+        for child in self._children:
+            self._control.stop(child, self._loop)
+        self._pull.close()
+        self._loop.close()
+
+
+class Control:
+    """A supervisor on a thread of its own: while it connects workers, tensors must move here."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._events = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._events.run_forever)
+        self._thread.start()
+        self._supervisor = self._do(self._make())
+
+    async def _make(self) -> Supervisor:
+        return Supervisor(self.run_dir, "warning")
+
+    def _do(self, work: Coroutine[Any, Any, Any], loop: Loop | None = None) -> Any:
+        future = asyncio.run_coroutine_threadsafe(work, self._events)
+        while loop is not None and not future.done():
+            loop.run_once(0.01)
+        return future.result()
+
+    def start(self, name: str, load_: protocol.Load) -> Child:
+        async def begin() -> Child:
+            child = await self._supervisor.spawn(
+                name,
+                "blockflow.worker",
+                self._supervisor.next_incarnation(),
+                ["--name", name],
+                seconds=120,
+            )
+            await child.command(load_, 120)
+            return child
+
+        return self._do(begin())
+
+    def command(self, child: Child, body: protocol.Body, loop: Loop) -> None:
+        self._do(child.command(body), loop)
+
+    def stop(self, child: Child, loop: Loop) -> None:
+        self._do(child.stop(10), loop)
+
+    def close(self) -> None:
+        self._do(self._supervisor.close())
+        self._events.call_soon_threadsafe(self._events.stop)
+        self._thread.join()
+        self._events.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "tf32", "fp16", "bf16"])
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--store", type=Path, help="where blocks are kept for the next time")
+    parser.add_argument("--rounds", type=int, default=20, help="in which all variants take turns")
+    parser.add_argument("--requests", type=int, default=20, help="of one variant in a round")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one measure of throughput")
+    parser.add_argument(
+        "--under-way",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[1, 4, 8],
+        help="requests at once, such as 1,4,8",
+    )
+    parser.add_argument("--only", help="variants whose name contains this, beside `called`")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
+        results = _measure(options, Path(folder))
+    where = measured.conditions(options.device)
+    where["threads"] = torch.get_num_threads()
+    where["workers"] = {
+        name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")
+    }
+    _print(where, options, results)
+    measured.write(
+        options.json,
+        {
+            "conditions": where,
+            "options": {name: str(value) for name, value in vars(options).items()},
+            "unit": "ms, answers per second",
+            "results": results,
+        },
+    )
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    torch.backends.cudnn.benchmark = False
+    store = Store(options.store or folder / "store", create=True)
+    source = resolve(options.model)
+    whole = split_model(source, 1, store)
+    four = split_model(source, 4, store)
+    settings = {"precision": options.precision, "channels_last": options.channels_last}
+
+    def programs(split: SplitResult) -> list[Program]:
+        return [load(store, block.digest, options.device, **settings) for block in split.blocks]
+
+    x = example(whole.blocks[0].manifest.inputs[0], 1, seed=1).to(options.device)
+    gpu = options.device.startswith("cuda")
+    control = Control(folder)
+    makers: list[tuple[str, Callable[[str], Direct | Deployed]]] = [
+        ("called", lambda name: Direct(name, programs(whole), graphs=False)),
+    ]
+    if gpu:
+        makers += [
+            ("replayed", lambda name: Direct(name, programs(whole), graphs=True)),
+            ("four replayed", lambda name: Direct(name, programs(four), graphs=True)),
+        ]
+    for number, (name, workers, split) in enumerate(
+        [
+            ("worker: one block", [[0]], whole),
+            ("worker: four blocks", [[0, 1, 2, 3]], four),
+            ("four workers", [[0], [1], [2], [3]], four),
+        ]
+    ):
+        makers.append(
+            (
+                name,
+                lambda name, workers=workers, split=split, number=number: Deployed(
+                    name, workers, split, options, control, number
+                ),
+            )
+        )
+    with contextlib.ExitStack() as stack:
+        stack.callback(control.close)
+        variants: list[Direct | Deployed] = []
+        for name, make in makers:
+            if name == "called" or not options.only or options.only in name:
+                variants.append(make(name))
+                stack.callback(variants[-1].close)
+        expected = variants[0].ask(x)
+        bound = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}[options.precision]
+        latencies = _latencies(variants, x, expected, bound, options)
+        throughputs = _throughputs(variants, x, options)
+    return {
+        each.name: {
+            "latency": measured.percentiles(latencies[each.name]),
+            "samples": latencies[each.name],
+            "throughput": throughputs[each.name],
+            "runners": each.kinds,
+        }
+        for each in variants
+    }
+
+
+def _latencies(
+    variants: Sequence[Direct | Deployed],
+    x: Tensor,
+    expected: Tensor,
+    bound: float,
+    options: argparse.Namespace,
+) -> dict[str, list[float]]:
+    """Milliseconds of every request, one at a time."""
+    largest = float(expected.abs().max())
+    for variant in variants:
+        for _ in range(_WARM if options.device != "cpu" else 3):
+            variant.ask(x)
+    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    for number in range(options.rounds):
+        # Another order in every round: nobody always follows the same neighbour.
+        for variant in variants[number % len(variants) :] + variants[: number % len(variants)]:
+            for _ in range(options.requests):
+                if options.device != "cpu":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                found = variant.ask(x)
+                times[variant.name].append((time.perf_counter() - start) * 1e3)
+                difference = float((found - expected).abs().max())
+                assert difference <= bound * largest, f"{variant.name}: off by {difference}"
+    return times
+
+
+def _throughputs(
+    variants: Sequence[Direct | Deployed], x: Tensor, options: argparse.Namespace
+) -> dict[str, dict[str, list[float]]]:
+    """Answers a second by how many requests are under way, three times each, in turns."""
+    rates: dict[str, dict[str, list[float]]] = {variant.name: {} for variant in variants}
+    for under_way in options.under_way:
+        for _ in range(3):
+            for variant in variants:
+                rate = variant.throughput(x, options.seconds, under_way)
+                rates[variant.name].setdefault(str(under_way), []).append(rate)
+    return rates
+
+
+@contextlib.contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+        yield
+
+
+def _wait(stream: torch.cuda.Stream | None) -> None:
+    if stream is not None:
+        stream.synchronize()
+
+
+def _print(
+    where: Mapping[str, Any], options: argparse.Namespace, results: Mapping[str, Any]
+) -> None:
+    console = Console(width=140)
+    console.print(", ".join(f"{key} {value}" for key, value in where.items()))
+    base = results.get("replayed", results["called"])
+    table = Table(title=f"{options.model}, one row, {options.precision}", box=None)
+    table.add_column("variant")
+    for title in ("p50 ms", "p95", "p99", "p50 against monolith"):
+        table.add_column(title, justify="right")
+    for under_way in options.under_way:
+        table.add_column(f"{under_way} at once /s", justify="right")
+    for name, found in results.items():
+        latency = found["latency"]
+        table.add_row(
+            name,
+            *(f"{latency[key]:.3f}" for key in ("p50", "p95", "p99")),
+            f"{latency['p50'] / base['latency']['p50']:.3f}",
+            *(
+                f"{_median(rates):.0f} ({_median(rates) / _median(base['throughput'][key]):.2f})"
+                for key, rates in found["throughput"].items()
+            ),
+        )
+    console.print(table)
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+if __name__ == "__main__":
+    main()
