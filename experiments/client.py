@@ -1,0 +1,151 @@
+"""Variants as a client sees them: requests sent, answers awaited, and the clock beside them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import networks
+import numpy as np
+import torch
+from networks import Call
+from numpy.typing import NDArray
+
+Inputs = Mapping[str, Any]
+"""A request's tensors: NumPy arrays, or torch tensors on the device."""
+
+_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`at` is when the output was where the client wants it, ready to be used.
+
+    `compute` is how long each block computed, in milliseconds, where a variant can tell that
+    without changing what is measured.
+    """
+
+    number: int
+    at: float
+    output: Any
+    compute: tuple[float, ...] = ()
+
+
+class Variant(Protocol):
+    """A way to run the network.
+
+    `use` chooses where a client's tensors are: "host" (NumPy arrays in, NumPy arrays out) or
+    "device" (CUDA tensors in, CUDA tensors out).
+    """
+
+    def use(self, side: str) -> None: ...
+    def send(self, number: int, inputs: Inputs) -> None: ...
+    def poll(self, seconds: float) -> list[Answer]: ...
+    def close(self) -> None: ...
+
+
+class Monolith:
+    """The network in the client's own process: one at a time, in order."""
+
+    def __init__(self, call: Call, device: str) -> None:
+        self._call = call
+        self._device = device
+        self._side = "host"
+        self._waiting: deque[tuple[int, Inputs]] = deque()
+
+    def use(self, side: str) -> None:
+        self._side = side
+
+    def send(self, number: int, inputs: Inputs) -> None:
+        self._waiting.append((number, inputs))
+
+    def poll(self, seconds: float) -> list[Answer]:
+        if not self._waiting:
+            time.sleep(seconds)
+            return []
+        number, inputs = self._waiting.popleft()
+        if self._side == "host":
+            here = {name: torch.from_numpy(a).to(self._device) for name, a in inputs.items()}
+            received = networks.synchronised(self._device)
+            outputs = self._call(here)
+            computed = networks.synchronised(self._device)
+            output = next(iter(outputs.values())).cpu().numpy()
+            at = time.monotonic()
+        else:
+            received = time.monotonic()
+            output = next(iter(self._call(inputs).values()))
+            at = computed = networks.synchronised(self._device)
+        return [Answer(number, at, output, ((computed - received) * 1e3,))]
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request: milliseconds from end to end and of each block, and the greatest difference of
+    its answer from the whole network's."""
+
+    ms: float
+    compute: tuple[float, ...]
+    difference: float
+
+
+class Requests:
+    """A few different requests with the whole network's answers to them."""
+
+    def __init__(
+        self, inputs: Sequence[Mapping[str, NDArray[Any]]], whole: Call, device: str
+    ) -> None:
+        self.host = list(inputs)
+        self._tensors = [
+            {name: torch.from_numpy(a).to(device) for name, a in each.items()} for each in inputs
+        ]
+        self._expected = [
+            next(iter(whole(each).values())).cpu().numpy().copy() for each in self._tensors
+        ]
+
+    def inputs(self, number: int, side: str) -> Inputs:
+        kind: Sequence[Inputs] = self.host if side == "host" else self._tensors
+        return kind[number % len(kind)]
+
+    def tensors(self, number: int) -> dict[str, torch.Tensor]:
+        """A request as tensors on the network's device."""
+        return self._tensors[number % len(self._tensors)]
+
+    def difference(self, answer: Answer) -> float:
+        """The greatest difference of an answer from the whole network's."""
+        found = answer.output
+        if isinstance(found, torch.Tensor):
+            found = found.cpu().numpy()
+        return float(np.abs(found - self._expected[answer.number % len(self._expected)]).max())
+
+    @property
+    def largest(self) -> float:
+        """The greatest magnitude in the whole network's answers: what differences compare to."""
+        return max(float(np.abs(each).max()) for each in self._expected)
+
+
+def one_by_one(
+    variant: Variant, requests: Requests, side: str, count: int
+) -> Iterator[Sample]:
+    """Send a request, wait for its answer, and so on."""
+    variant.use(side)
+    for number in range(count):
+        inputs = requests.inputs(number, side)
+        start = time.monotonic()
+        variant.send(number, inputs)
+        answer = _one(variant, start + _TIMEOUT)
+        yield Sample(
+            (answer.at - start) * 1e3, answer.compute, requests.difference(answer)
+        )
+
+
+def _one(variant: Variant, end: float) -> Answer:
+    while not (answers := variant.poll(1.0)):
+        if time.monotonic() > end:
+            raise TimeoutError(f"no answer within {_TIMEOUT:g} s")
+    (answer,) = answers
+    return answer

@@ -1,0 +1,215 @@
+"""BlockFlow itself: a server with its gateway and workers, and a client that skips only HTTP.
+
+`House` runs BlockFlow's own controller in a process of its own. Beside the gateway's routes it lays
+routes whose answers come to us: the same workers, blocks, queues and channels, and our `Entry` in
+the place of the gateway, sending as it does. So what is measured can be told from what HTTP costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing as mp
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import networks
+import numpy as np
+from client import Answer, Inputs
+
+from blockflow import protocol
+from blockflow.child import die_with_parent, start_logging
+from blockflow.controller import Controller
+from blockflow.options import ServeOptions
+from blockflow.protocol import Route, decode_note
+from blockflow.state import State
+from blockflow.topology import PipelineName, parse
+from tensormq import Loop, Message, Peer, Pull, Push, Request, slot_size
+
+_SLOTS = 32  # as many as the gateway has by default
+
+
+class _Controller(Controller):
+    async def lay(self, pipeline: str, results: str) -> Route:
+        """A second route through a pipeline's blocks, whose answers are awaited at `results`."""
+        async with self._lock:
+            road = self._plan_road(self._deployed, PipelineName(pipeline))
+            assert road is not None, f"pipeline {pipeline} is not ready"
+            route = msgspec.structs.replace(road.route, results=results)
+            children = {worker.child for worker in road.workers}
+            await asyncio.gather(
+                *(child.command(protocol.Connect((route,))) for child in children if child)
+            )
+            return route
+
+
+def _serve(control: Connection, topology: Mapping[str, Any], folder: str, parent: int) -> None:
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_logging("server", "warning")
+    asyncio.run(_run(control, topology, Path(folder)))
+
+
+async def _run(control: Connection, topology: Mapping[str, Any], folder: Path) -> None:
+    options = ServeOptions(topology=parse(topology), log_level="warning", ready_timeout_s=300)
+    run_dir = folder / "run"
+    run_dir.mkdir(mode=0o700)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        contextlib.closing(State(folder / "state")) as state,
+    ):
+        controller = _Controller(options, run_dir, listener.fileno(), state)
+        try:
+            await controller.start()
+            control.send(f"http://127.0.0.1:{listener.getsockname()[1]}")
+            while (order := await asyncio.to_thread(control.recv)) is not None:
+                match order:
+                    case (str() as pipeline, str() as results):
+                        control.send(await controller.lay(pipeline, results))
+                    case "blocks":
+                        control.send([b.model_dump(mode="json") for b in controller.blocks()])
+        finally:
+            await controller.close()
+
+
+class House:
+    """A running BlockFlow server; `url` is its inference API once `wait_ready` has returned."""
+
+    def __init__(self, topology: Mapping[str, Any], folder: Path) -> None:
+        folder.mkdir(mode=0o700)
+        spawn = mp.get_context("spawn")
+        self._control, theirs = spawn.Pipe()
+        self._process = spawn.Process(
+            target=_serve, args=(theirs, dict(topology), str(folder), os.getpid())
+        )
+        self._process.start()
+        theirs.close()
+        self.url = ""
+
+    def wait_ready(self) -> None:
+        """Raises EOFError when the server has died; its last words are on standard error."""
+        self.url = self._control.recv()
+
+    def lay(self, pipeline: str, results: str, pump: Callable[[], None]) -> Route:
+        """A route to `pipeline` that answers at `results`; `pump` lets the end there be greeted."""
+        self._control.send((pipeline, results))
+        while not self._control.poll():
+            pump()
+        route: Route = self._control.recv()
+        return route
+
+    def blocks(self) -> list[dict[str, Any]]:
+        """The status of every block, as the management API gives it."""
+        self._control.send("blocks")
+        found: list[dict[str, Any]] = self._control.recv()
+        return found
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._control.send(None)
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+class Entry:
+    """A client of a House in the place of its gateway; see `client.Variant`.
+
+    It serves one pipeline or several. Each first block gets a Push end of its own, as the gateway
+    gives it; tensors on the device come from a Push end on that device.
+    """
+
+    def __init__(self, house: House, folder: Path, pipelines: Sequence[str], device: str) -> None:
+        self._device = device
+        self._gpu = device.startswith("cuda")
+        self._loop = Loop()
+        self._pulls: dict[str, Pull] = {}
+        self._ways: dict[tuple[str, int], tuple[Push, Peer, Route]] = {}
+        self._side = "host"
+        for side in ("host", "device") if self._gpu else ("host",):
+            endpoint = f"ipc://{folder}/{pipelines[0]}.{side}.sock"
+            place = None if side == "host" else device
+            self._pulls[side] = Pull(endpoint, device=place, loop=self._loop)
+            pushes: dict[str, tuple[Push, Peer]] = {}
+            for index, pipeline in enumerate(pipelines):
+                route = house.lay(pipeline, endpoint, lambda: self._loop.run_once(0.02))
+                first = route.steps[0].endpoint
+                if first not in pushes:
+                    size = slot_size({p.name: (p.dtype, p.sized(route.max_batch)) for p in route.inputs})
+                    push = Push(slots=_SLOTS, slot_bytes=size, device=place, loop=self._loop)
+                    pushes[first] = push, push.connect(first)
+                self._ways[side, index] = (*pushes[first], route)
+
+    def use(self, side: str) -> None:
+        self._side = side
+
+    def send(self, number: int, inputs: Inputs, pipeline: int = 0) -> None:
+        push, peer, route = self._ways[self._side, pipeline]
+        rows = len(next(iter(inputs.values())))
+        push.send(inputs, to=peer, requests=(Request(number, rows, 0.0),), route=route.id)
+
+    def poll(self, seconds: float) -> list[Answer]:
+        pull = self._pulls[self._side]
+        self._loop.run_until(lambda: bool(pull.waiting), seconds)
+        answers: list[Answer] = []
+        while (message := pull.poll()) is not None:
+            with message:
+                answers += self._read(message)
+        return answers
+
+    def _read(self, message: Message) -> list[Answer]:
+        note = decode_note(message.note)
+        if note.error is not None:
+            raise RuntimeError(note.error)
+        tensor = next(iter(message.tensors.values()))
+        if self._side == "host":
+            # Copied as the gateway copies: the slot goes back to the block now.
+            whole: Any = np.array(tensor)
+            at = time.monotonic()
+        else:
+            at = networks.synchronised(self._device)
+            whole = tensor.clone()
+        answers = []
+        start = 0
+        for request, hops in zip(message.requests, note.hops, strict=True):
+            rows = slice(start, start + request.rows)
+            start += request.rows
+            # On a GPU a block does not wait for what it launched: this is not its computing time.
+            compute = () if self._gpu else tuple(hop.compute_ms for hop in hops)
+            answers.append(Answer(request.id, at, whole[rows], compute))
+        return answers
+
+    def close(self) -> None:
+        for push, _, _ in self._ways.values():
+            push.close()
+        for pull in self._pulls.values():
+            pull.close()
+        self._loop.close()
+
+
+def blockflow_topology(
+    store: Path, digests: Sequence[str], device: str, pipelines: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A topology of several pipelines through the same artifacts, each with blocks of its own.
+
+    `pipelines` gives each one's settings of its blocks; `worker: one` puts the blocks of a
+    pipeline into one worker.
+    """
+    blocks: dict[str, Any] = {}
+    chains: dict[str, Any] = {}
+    for name, settings in pipelines.items():
+        mine = dict(settings)
+        worker = {"worker": f"{name}-all"} if mine.pop("together", False) else {}
+        names = [f"{name}-{index + 1}" for index in range(len(digests))]
+        for block, digest in zip(names, digests, strict=True):
+            blocks[block] = {"artifact": str(digest), "device": device, **mine, **worker}
+        chains[name] = {"blocks": names}
+    return {"store": str(store), "blocks": blocks, "pipelines": chains}

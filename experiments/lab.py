@@ -1,0 +1,172 @@
+"""What every experiment shares: its options, where it runs, its statistics, and what it writes.
+
+Times are in milliseconds unless a name says otherwise, and taken from CLOCK_MONOTONIC, which all
+processes of a host share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from blockflow.artifact import Port, Store
+from blockflow.models import ModuleSource, resolve
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import measured  # noqa: E402 - the benchmarks' header of hardware and commit
+
+# As BlockFlow's supervisor sets it for its workers, so that all variants spin alike on a CPU.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def arguments(description: str | None, *, model: str) -> argparse.ArgumentParser:
+    """The options that every experiment has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=model)
+    parser.add_argument("--size", type=int, help="height and width of an image, where not 224")
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="a bounded run: less than 90 s")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where results go")
+    parser.add_argument("--store", type=Path, help="keep blocks here, for the next experiment")
+    return parser
+
+
+class Lab:
+    """One run of an experiment: its folders, its network, and what it found."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name = name
+        self.options = options
+        self.device = str(options.device)
+        self.gpu = self.device.startswith("cuda")
+        self.console = Console(width=140)
+        self.left_out: dict[str, str] = {}
+        self._start = time.monotonic()
+        self._stack = contextlib.ExitStack()
+        # Short, because the paths of sockets in it are limited; mkdtemp makes it private.
+        self.folder = Path(tempfile.mkdtemp(prefix="lab-"))
+        self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self.store = Store(options.store or self.folder / "store", create=True)
+        options.out.mkdir(parents=True, exist_ok=True)
+
+    def source(self) -> ModuleSource:
+        """The network that is measured: its weights are the same for the same seed, everywhere."""
+        size = self.options.size
+        ports = [Port("x", "float32", ("batch", 3, size, size))] if size else []
+        source = resolve(self.options.model, ports)
+        if not isinstance(source, ModuleSource):
+            raise SystemExit(f"{self.options.model} is a file: give a model that can be built")
+        return source
+
+    def say(self, line: str) -> None:
+        print(f"{time.monotonic() - self._start:6.1f} s  {line}", flush=True)
+
+    def leave_out(self, what: str, why: str) -> None:
+        """Name what is not measured here; it appears in the table and in the JSON."""
+        self.left_out[what] = why
+        self.say(f"left out: {what} ({why})")
+
+    def conditions(self) -> dict[str, Any]:
+        """Where, when and with what this ran."""
+        found = measured.conditions(self.device)
+        found["seconds"] = round(time.monotonic() - self._start, 1)
+        found["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        found["versions"] = {
+            name: importlib.metadata.version(name) for name in ("torch", "pyzmq", "msgspec")
+        }
+        if self.gpu:
+            found["cuda"] = torch.version.cuda
+        return found
+
+    def write(self, results: Mapping[str, Any]) -> None:
+        """Write `<experiment>.json` with the conditions and what was left out."""
+        measured.write(
+            self.options.out / f"{self.name}.json",
+            {
+                "experiment": self.name,
+                "conditions": self.conditions(),
+                "left_out": self.left_out,
+                **results,
+            },
+        )
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        table = Table(title=title, box=None, title_justify="left")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def statistics(values: Sequence[float]) -> dict[str, float]:
+    """Mean, σ, p50 and p99 of `values`, and how many there are."""
+    array = np.asarray(values, float)
+    p50, p99 = np.percentile(array, [50, 99])
+    return {
+        "mean": float(array.mean()),
+        "sigma": float(array.std()),
+        "p50": float(p50),
+        "p99": float(p99),
+        "n": len(array),
+    }
+
+
+def interleaved(items: Sequence[Any], rounds: int) -> Iterator[Any]:
+    """Every item once a round, each round beginning with another one.
+
+    A slow moment of the machine then meets all variants, and no variant always follows the same.
+    """
+    for number in range(rounds):
+        start = number % len(items)
+        yield from (*items[start:], *items[:start])
+
+
+def target(name: str, wanted: str, found: float | None, met: bool | None) -> dict[str, Any]:
+    """A line of what the experiment must show; `met` is None where it cannot be told here."""
+    return {"target": name, "wanted": wanted, "found": found, "met": met}
+
+
+def at_least(name: str, wanted: float, found: float | None) -> dict[str, Any]:
+    return target(name, f"≥ {wanted:g}", found, None if found is None else found >= wanted)
+
+
+def at_most(name: str, wanted: float, found: float | None) -> dict[str, Any]:
+    return target(name, f"≤ {wanted:g}", found, None if found is None else found <= wanted)
+
+
+def target_rows(targets: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    words = {True: "met", False: "MISSED", None: "not measured"}
+    return [
+        [
+            each["target"],
+            each["wanted"],
+            "" if each["found"] is None else f"{each['found']:.3g}",
+            words[each["met"]],
+        ]
+        for each in targets
+    ]
