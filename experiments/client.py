@@ -18,6 +18,8 @@ Inputs = Mapping[str, Any]
 """A request's tensors: NumPy arrays, or torch tensors on the device."""
 
 _TIMEOUT = 60.0
+_CHECKED = 16
+"""Under load, one answer of so many is compared: a client that compares all would be the limit."""
 
 
 @dataclass(frozen=True)
@@ -149,3 +151,38 @@ def _one(variant: Variant, end: float) -> Answer:
             raise TimeoutError(f"no answer within {_TIMEOUT:g} s")
     (answer,) = answers
     return answer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of requests: `seconds` from the first to the last answer's arrival, and the
+    milliseconds of each."""
+
+    seconds: float
+    ms: list[float]
+    difference: float
+
+
+def closed_loop(
+    variant: Variant, requests: Requests, side: str, count: int, clients: int
+) -> Run:
+    """So many synchronous clients: each sends its next request when it has its answer."""
+    variant.use(side)
+    starts: dict[int, float] = {}
+    times: list[float] = []
+    worst = 0.0
+    sent = 0
+    begin = last = time.monotonic()
+    while len(times) < count:
+        while sent < count and len(starts) < clients:
+            starts[sent] = time.monotonic()
+            variant.send(sent, requests.inputs(sent, side))
+            sent += 1
+        for answer in variant.poll(1.0):
+            last = answer.at
+            times.append((answer.at - starts.pop(answer.number)) * 1e3)
+            if len(times) % _CHECKED == 1:
+                worst = max(worst, requests.difference(answer))
+        if time.monotonic() > last + _TIMEOUT:
+            raise TimeoutError(f"no answer within {_TIMEOUT:g} s")
+    return Run(last - begin, times, worst)

@@ -91,6 +91,7 @@ class House:
         )
         self._process.start()
         theirs.close()
+        self.pid = int(self._process.pid or 0)
         self.url = ""
 
     def wait_ready(self) -> None:

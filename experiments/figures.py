@@ -49,3 +49,56 @@ def overheads(path: Path, results: Mapping[str, Any]) -> None:
         )
         axis.legend(fontsize=7)
     _write(figure, path)
+
+
+def energy(path: Path, results: Mapping[str, Any]) -> None:
+    """Energy of an inference over the batch, for one client and saturated; on a CPU, the rate."""
+    rows = results["rows"]
+    measured = any(row["gross_mj"] is not None for row in rows)
+    key, label = ("gross_mj", "mJ per inference") if measured else ("per_second", "inferences/s")
+    loads = list(dict.fromkeys(row["load"] for row in rows))
+    figure, axes = plt.subplots(1, len(loads), figsize=(11, 4.2), squeeze=False)
+    for axis, load in zip(axes[0], loads, strict=True):
+        for index, name in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+            mine = [row for row in rows if (row["variant"], row["load"]) == (name, load)]
+            axis.plot(
+                [row["batch"] for row in mine],
+                [row[key] for row in mine],
+                marker="o",
+                color=_COLOURS[index % len(_COLOURS)],
+                label=name,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("rows of a request")
+        axis.set_ylabel(label)
+        axis.set_title(f"{results['model']}, {load}")
+        axis.legend(fontsize=7)
+    _write(figure, path)
+
+
+def vram(path: Path, results: Mapping[str, Any]) -> None:
+    """Memory of each variant, one group of bars for each distribution."""
+    rows = results["rows"]
+    series = {
+        "a process for each task": [results["processes"]["bytes"] for _ in rows],
+        "all monoliths in one process": [row["one_process_bytes"] for row in rows],
+    }
+    for name in rows[0]["blockflow"]:
+        series[f"BlockFlow, {name}"] = [row["blockflow"][name]["bytes"] for row in rows]
+    series["weights alone, shared"] = [row["weights_shared_bytes"] for row in rows]
+    figure, axis = plt.subplots(figsize=(9, 4.2))
+    width = 0.8 / len(series)
+    places = np.arange(len(rows))
+    for index, (name, values) in enumerate(series.items()):
+        heights = [value / 2**30 for value in values]
+        bars = axis.bar(
+            places + index * width, heights, width, label=name, color=_COLOURS[index]
+        )
+        axis.bar_label(bars, fmt="%.1f", fontsize=7)
+    axis.set_xticks(places + width * (len(series) - 1) / 2)
+    axis.set_xticklabels([f"{row['fraction']:.0%} share {row['share']:.0%}" for row in rows])
+    axis.set_ylabel(f"{results['memory']}, GiB")
+    axis.set_title(f"{results['tasks']} tasks of {results['model']}")
+    axis.legend(fontsize=7)
+    _write(figure, path)

@@ -24,18 +24,22 @@ from rich.console import Console
 from rich.table import Table
 
 from blockflow.artifact import Port, Store
+from blockflow.devices import Device, list_devices
 from blockflow.models import ModuleSource, resolve
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import measured  # noqa: E402 - the benchmarks' header of hardware and commit
 
-# As BlockFlow's supervisor sets it for its workers, so that all variants spin alike on a CPU.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+_SPIN = "GOMP_SPINCOUNT"
 
 
 def arguments(description: str | None, *, model: str) -> argparse.ArgumentParser:
-    """The options that every experiment has."""
+    """The options that every experiment has. Starts the process anew where it must."""
+    if _SPIN not in os.environ:
+        # As BlockFlow's supervisor sets it for its workers, so that all variants spin alike on a
+        # CPU. It is read when torch is loaded, which it is by now.
+        environment = {**os.environ, _SPIN: "10000", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,6 +99,10 @@ class Lab:
         if self.gpu:
             found["cuda"] = torch.version.cuda
         return found
+
+    def gpu_now(self) -> Device:
+        """What NVML says of the GPU now: memory, power, and the energy it has taken so far."""
+        return next(each for each in list_devices() if each.name == self.device)
 
     def write(self, results: Mapping[str, Any]) -> None:
         """Write `<experiment>.json` with the conditions and what was left out."""

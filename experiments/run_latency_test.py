@@ -18,72 +18,11 @@ from typing import Any
 
 import figures
 import networks
-from client import Monolith, Requests, Sample, Variant, one_by_one
-from deployed import Entry, House, blockflow_topology
+from client import Requests, Sample, one_by_one
 from lab import Lab, arguments, at_least, at_most, interleaved, statistics, target_rows
-from traditional import Pipeline
-
-from blockflow.split import split_model
+from variants import FOUR, ONE, PICKLED, RAW, Variants, best
 
 ROWS = 1
-TRADITIONAL = {
-    "traditional, pickled": ("pickled", "eager"),
-    "traditional, raw frames": ("raw", "eager"),
-    "handle per message": ("handle", "eager"),
-    "traditional, pickled, CUDA graphs": ("pickled", "graph"),
-    "traditional, raw frames, CUDA graphs": ("raw", "graph"),
-}
-
-
-def deployed_pipelines(gpu: bool) -> dict[str, tuple[str, str, dict[str, Any]]]:
-    """BlockFlow's variants: what they are called, how their blocks run, and their settings."""
-    return {
-        "four": ("TensorMQ, a worker each", "eager", {}),
-        "one": ("TensorMQ, one worker", "eager", {"together": True}),
-    }
-
-
-class Variants:
-    """Everything that is measured, started side by side and used in turns."""
-
-    def __init__(self, lab: Lab, digests: list[str], whole: networks.Call) -> None:
-        device, folder, store = lab.device, lab.folder, lab.store
-        hows = ("eager", "graph") if lab.gpu else ("eager",)
-        pipelines = deployed_pipelines(lab.gpu)
-        settings = {name: {"max_batch": ROWS, **each} for name, (_, _, each) in pipelines.items()}
-        self.runner: dict[str, str] = {}
-        self.all: dict[str, Variant] = {}
-        topology = blockflow_topology(store.root, digests, device, settings)
-        self.house = House(topology, folder / "house")
-        stages = {}
-        for name, (transport, how) in TRADITIONAL.items():
-            if how in hows:
-                self.runner[name] = how
-                stages[name] = Pipeline(
-                    folder, store, digests, transport=transport, how=how, device=device, rows=ROWS
-                )
-        self.chains = {
-            how: networks.Chain(store, digests, ROWS, device, how) for how in hows
-        }
-        source = lab.source()
-        for how in hows:
-            name = "monolith" if how == "eager" else "monolith, CUDA graph"
-            call = networks.runner(whole, source.inputs, ROWS, device, how)
-            self.all[name] = Monolith(call, device)
-            self.runner[name] = how
-        lab.say("waiting for the stages and the server")
-        for name, stage in stages.items():
-            stage.wait_ready()
-            self.all[name] = stage
-        self.house.wait_ready()
-        for name, (title, how, _) in pipelines.items():
-            self.all[title] = Entry(self.house, folder, [name], device)
-            self.runner[title] = how
-
-    def close(self) -> None:
-        for variant in self.all.values():
-            variant.close()
-        self.house.close()
 
 
 def measure(lab: Lab, variants: Variants, requests: Requests) -> dict[str, Any]:
@@ -117,7 +56,7 @@ def summarised(lab: Lab, variants: Variants, found: Mapping[str, Any]) -> list[d
     }
     rows = []
     for (name, side), samples in found["samples"].items():
-        how = variants.runner[name]
+        how = variants.kinds[name].how
         reference = sum(block["mean"] for block in alone[how])
         by_reference = [s.ms - reference for s in samples]
         in_situ = [s.ms - sum(s.compute) for s in samples if s.compute]
@@ -153,12 +92,9 @@ def targets(lab: Lab, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def ratio(a: float | None, b: float | None) -> float | None:
         return None if a is None or b is None or b <= 0 else a / b
 
-    graphs = ", CUDA graphs" if lab.gpu else ""
-    four, one = f"TensorMQ, a worker each{graphs}", f"TensorMQ, one worker{graphs}"
-    pickled = of("traditional, pickled", "overhead_ms")
-    raw = of("traditional, raw frames", "overhead_ms")
-    slow = of("traditional, pickled", "end_to_end_ms")
-    same = of(f"traditional, pickled{graphs}", "end_to_end_ms")
+    four, one = best(FOUR, lab.gpu), best(ONE, lab.gpu)
+    pickled, raw = of(PICKLED, "overhead_ms"), of(RAW, "overhead_ms")
+    slow, same = of(PICKLED, "end_to_end_ms"), of(best(PICKLED, lab.gpu), "end_to_end_ms")
     return [
         at_least("overhead: pickled / four workers", 20, ratio(pickled, of(four, "overhead_ms"))),
         at_least("overhead: raw frames / four workers", 10, ratio(raw, of(four, "overhead_ms"))),
@@ -220,18 +156,10 @@ def main() -> None:
         if not lab.gpu:
             lab.leave_out("CUDA graphs", "there is no GPU")
             lab.leave_out("tensors on the device in and out", "there is no GPU")
-        source = lab.source()
-        lab.say(f"splitting {options.model}")
-        split = split_model(source, options.blocks, lab.store)
-        digests = [str(block.digest) for block in split.blocks]
-        whole = networks.whole(source, lab.device)
-        inputs = [networks.arrays(source.inputs, ROWS, seed) for seed in range(4)]
-        requests = Requests(inputs, whole, lab.device)
-        variants = Variants(lab, digests, whole)
-        try:
+        with Variants(lab, ROWS) as variants:
+            inputs = [networks.arrays(variants.source.inputs, ROWS, seed) for seed in range(4)]
+            requests = Requests(inputs, variants.whole, lab.device)
             found = measure(lab, variants, requests)
-        finally:
-            variants.close()
         rows = summarised(lab, variants, found)
         results = {
             "model": options.model,
