@@ -130,9 +130,7 @@ class Requests:
         return max(float(np.abs(each).max()) for each in self._expected)
 
 
-def one_by_one(
-    variant: Variant, requests: Requests, side: str, count: int
-) -> Iterator[Sample]:
+def one_by_one(variant: Variant, requests: Requests, side: str, count: int) -> Iterator[Sample]:
     """Send a request, wait for its answer, and so on."""
     variant.use(side)
     for number in range(count):
@@ -140,9 +138,7 @@ def one_by_one(
         start = time.monotonic()
         variant.send(number, inputs)
         answer = _one(variant, start + _TIMEOUT)
-        yield Sample(
-            (answer.at - start) * 1e3, answer.compute, requests.difference(answer)
-        )
+        yield Sample((answer.at - start) * 1e3, answer.compute, requests.difference(answer))
 
 
 def _one(variant: Variant, end: float) -> Answer:
@@ -163,9 +159,7 @@ class Run:
     difference: float
 
 
-def closed_loop(
-    variant: Variant, requests: Requests, side: str, count: int, clients: int
-) -> Run:
+def closed_loop(variant: Variant, requests: Requests, side: str, count: int, clients: int) -> Run:
     """So many synchronous clients: each sends its next request when it has its answer."""
     variant.use(side)
     starts: dict[int, float] = {}

@@ -33,7 +33,9 @@ from blockflow.state import State
 from blockflow.topology import PipelineName, parse
 from tensormq import Loop, Message, Peer, Pull, Push, Request, slot_size
 
-_SLOTS = 32  # as many as the gateway has by default
+_SLOTS = 16
+"""Requests under way in a first block's channel, the gateway's and ours alike. Their memory is
+taken at once: slots, times rows of a request, times bytes of a row."""
 
 
 class _Controller(Controller):
@@ -58,7 +60,9 @@ def _serve(control: Connection, topology: Mapping[str, Any], folder: str, parent
 
 
 async def _run(control: Connection, topology: Mapping[str, Any], folder: Path) -> None:
-    options = ServeOptions(topology=parse(topology), log_level="warning", ready_timeout_s=300)
+    options = ServeOptions(
+        topology=parse(topology), log_level="warning", ready_timeout_s=300, queue_depth=_SLOTS
+    )
     run_dir = folder / "run"
     run_dir.mkdir(mode=0o700)
     with (
@@ -144,7 +148,9 @@ class Entry:
                 route = house.lay(pipeline, endpoint, lambda: self._loop.run_once(0.02))
                 first = route.steps[0].endpoint
                 if first not in pushes:
-                    size = slot_size({p.name: (p.dtype, p.sized(route.max_batch)) for p in route.inputs})
+                    size = slot_size(
+                        {p.name: (p.dtype, p.sized(route.max_batch)) for p in route.inputs}
+                    )
                     push = Push(slots=_SLOTS, slot_bytes=size, device=place, loop=self._loop)
                     pushes[first] = push, push.connect(first)
                 self._ways[side, index] = (*pushes[first], route)

@@ -19,6 +19,7 @@ from blockflow.graph import weight_nodes
 from blockflow.identity import digest_of
 from blockflow.models import ModuleSource
 from blockflow.split import BlockSource, cut_points, export, split_at, store_blocks
+from blockflow.topology import Precision
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,7 @@ class Family:
         return sharing / count * self.share * (1 - 1 / sharing)
 
 
-def build(
-    source: ModuleSource, store: Store, count: int, share: float, trunks: int
-) -> Family:
+def build(source: ModuleSource, store: Store, count: int, share: float, trunks: int) -> Family:
     """`count` tasks, all with heads of their own and `trunks` at the end with trunks of their own.
 
     Their weights are the source's, each tensor moved by a little that is different for each task.
@@ -79,7 +78,11 @@ def build(
     for index in range(count):
         trunk_seed = index + 1 if index >= count - trunks else 0
         tasks.append(Task(f"task{index + 1}", own[0].digest(trunk_seed), own[1].digest(index)))
-    sizes = {digest: store.manifest(digest).parameter_bytes for t in tasks for digest in (t.trunk, t.head)}
+    sizes = {
+        digest: store.manifest(digest).parameter_bytes
+        for t in tasks
+        for digest in (t.trunk, t.head)
+    }
     trunk_bytes = sizes[tasks[0].trunk]
     task_bytes = trunk_bytes + sizes[tasks[0].head]
     return Family(tuple(tasks), trunk_bytes / task_bytes, task_bytes, sizes)
@@ -128,6 +131,8 @@ def topology(
     return {"store": str(store.root), "blocks": blocks, "pipelines": pipelines}
 
 
-def monolith(store: Store, task: Task, rows: int, device: str, how: str) -> Chain:
+def monolith(
+    store: Store, task: Task, rows: int, device: str, how: str, precision: Precision
+) -> Chain:
     """A task by itself, with weights of its own, whoever else is there."""
-    return Chain(store, [task.trunk, task.head], rows, device, how)
+    return Chain(store, [task.trunk, task.head], rows, device, how, precision)

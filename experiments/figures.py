@@ -92,9 +92,7 @@ def vram(path: Path, results: Mapping[str, Any]) -> None:
     places = np.arange(len(rows))
     for index, (name, values) in enumerate(series.items()):
         heights = [value / 2**30 for value in values]
-        bars = axis.bar(
-            places + index * width, heights, width, label=name, color=_COLOURS[index]
-        )
+        bars = axis.bar(places + index * width, heights, width, label=name, color=_COLOURS[index])
         axis.bar_label(bars, fmt="%.1f", fontsize=7)
     axis.set_xticks(places + width * (len(series) - 1) / 2)
     axis.set_xticklabels([f"{row['fraction']:.0%} share {row['share']:.0%}" for row in rows])

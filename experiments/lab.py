@@ -26,9 +26,10 @@ from rich.table import Table
 from blockflow.artifact import Port, Store
 from blockflow.devices import Device, list_devices
 from blockflow.models import ModuleSource, resolve
+from blockflow.topology import Precision
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import measured  # noqa: E402 - the benchmarks' header of hardware and commit
+import measured
 
 _SPIN = "GOMP_SPINCOUNT"
 
@@ -47,6 +48,9 @@ def arguments(description: str | None, *, model: str) -> argparse.ArgumentParser
     parser.add_argument("--size", type=int, help="height and width of an image, where not 224")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--precision", default="fp32", choices=("fp32", "tf32"), help="of every variant"
+    )
     parser.add_argument("--quick", action="store_true", help="a bounded run: less than 90 s")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where results go")
     parser.add_argument("--store", type=Path, help="keep blocks here, for the next experiment")
@@ -60,6 +64,8 @@ class Lab:
         self.name = name
         self.options = options
         self.device = str(options.device)
+        # A CPU computes in float32 whatever is asked for.
+        self.precision: Precision = options.precision if self.device != "cpu" else "fp32"
         self.gpu = self.device.startswith("cuda")
         self.console = Console(width=140)
         self.left_out: dict[str, str] = {}
@@ -92,6 +98,7 @@ class Lab:
         """Where, when and with what this ran."""
         found = measured.conditions(self.device)
         found["seconds"] = round(time.monotonic() - self._start, 1)
+        found["precision"] = self.precision
         found["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         found["versions"] = {
             name: importlib.metadata.version(name) for name in ("torch", "pyzmq", "msgspec")
@@ -115,6 +122,23 @@ class Lab:
                 **results,
             },
         )
+
+    def judged(self, targets: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Targets with `met`, which is None where there is no GPU: they are set for one."""
+        return [{**each, "met": _met(each) if self.gpu else None} for each in targets]
+
+    def target_table(self, targets: Iterable[Mapping[str, Any]]) -> None:
+        words = {True: "met", False: "MISSED", None: "not judged"}
+        rows = [
+            [
+                each["target"],
+                f"≥ {each['least']:g}" if "least" in each else f"≤ {each['most']:g}",
+                "" if each["found"] is None else f"{each['found']:.3g}",
+                words[each["met"]],
+            ]
+            for each in targets
+        ]
+        self.table("targets", ["target", "wanted", "found", ""], rows)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table = Table(title=title, box=None, title_justify="left")
@@ -154,27 +178,18 @@ def interleaved(items: Sequence[Any], rounds: int) -> Iterator[Any]:
         yield from (*items[start:], *items[:start])
 
 
-def target(name: str, wanted: str, found: float | None, met: bool | None) -> dict[str, Any]:
-    """A line of what the experiment must show; `met` is None where it cannot be told here."""
-    return {"target": name, "wanted": wanted, "found": found, "met": met}
-
-
 def at_least(name: str, wanted: float, found: float | None) -> dict[str, Any]:
-    return target(name, f"≥ {wanted:g}", found, None if found is None else found >= wanted)
+    """A line of what the experiment must show; whether it does is judged in `Lab.judged`."""
+    return {"target": name, "least": wanted, "found": found}
 
 
 def at_most(name: str, wanted: float, found: float | None) -> dict[str, Any]:
-    return target(name, f"≤ {wanted:g}", found, None if found is None else found <= wanted)
+    return {"target": name, "most": wanted, "found": found}
 
 
-def target_rows(targets: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    words = {True: "met", False: "MISSED", None: "not measured"}
-    return [
-        [
-            each["target"],
-            each["wanted"],
-            "" if each["found"] is None else f"{each['found']:.3g}",
-            words[each["met"]],
-        ]
-        for each in targets
-    ]
+def _met(target: Mapping[str, Any]) -> bool | None:
+    if target["found"] is None:
+        return None
+    if "least" in target:
+        return bool(target["found"] >= target["least"])
+    return bool(target["found"] <= target["most"])

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from blockflow.artifact import Manifest, Port, Store
 from blockflow.models import ModuleSource
-from blockflow.program import load
+from blockflow.program import Program, load
 from blockflow.reconcile import wiring
+from blockflow.runner import prepare
+from blockflow.topology import Precision
 
 Tensors = dict[str, Tensor]
 Call = Callable[[Mapping[str, Tensor]], Tensors]
@@ -43,41 +45,33 @@ def synchronised(device: str) -> float:
     return time.monotonic()
 
 
-class Graphed:
-    """A call captured as one CUDA graph; its results are overwritten by the next call."""
-
-    def __init__(self, call: Call, example: Tensors) -> None:
-        self._inputs = {name: tensor.clone() for name, tensor in example.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.inference_mode():
-            for _ in range(3):
-                call(self._inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self._graph):
-            self._outputs = call(self._inputs)
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensors:
-        for name, tensor in self._inputs.items():
-            tensor.copy_(inputs[name], non_blocking=True)
-        self._graph.replay()
-        return self._outputs
+def begin(device: str) -> None:
+    """Make `device` this thread's, with a stream of its own: the default one cannot be captured."""
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
-def runner(call: Call, ports: Sequence[Port], rows: int, device: str, how: str) -> Call:
-    """`call`, warm, run op by op (`how` is "eager") or as a CUDA graph ("graph")."""
-    example = zeros(ports, rows, device)
-    made: Call = Graphed(call, example) if how == "graph" else call
+def run_by(program: Program, rows: int, how: str) -> Call:
+    """A program as BlockFlow's own runner runs it, warm: op by op (`how` is "eager") or replayed
+    from CUDA graphs ("graph"), whose results are overwritten by the next call.
+    """
+    runner = prepare(program, rows, graphs=how == "graph")
+    if how == "graph" and runner.kind != "cuda graph":
+        raise RuntimeError(f"no CUDA graph: {runner.reason}")
+
+    def call(inputs: Mapping[str, Tensor]) -> Tensors:
+        runner.take({name: (tensor,) for name, tensor in inputs.items()})
+        return runner.run()
+
     for _ in range(3):
-        made(example)
-    synchronised(device)
-    return made
+        call(zeros(program.manifest.inputs, rows, str(program.device)))
+    synchronised(str(program.device))
+    return call
 
 
 def whole(source: ModuleSource, device: str) -> Call:
-    """The network as its users have it: one module."""
+    """The network as its users have it: one module, called."""
     module = source.module.eval().to(device)
 
     def call(inputs: Mapping[str, Tensor]) -> Tensors:
@@ -91,18 +85,23 @@ class Chain:
     """Blocks of the store in one process, each by itself and synchronised, or all as one."""
 
     def __init__(
-        self, store: Store, digests: Sequence[str], rows: int, device: str, how: str
+        self,
+        store: Store,
+        digests: Sequence[str],
+        rows: int,
+        device: str,
+        how: str,
+        precision: Precision,
     ) -> None:
         self._device = device
         self._blocks: list[tuple[Mapping[str, str], Call]] = []
         self.manifests: list[Manifest] = []
         for digest in digests:
-            program = load(store, digest, device)
-            ports = program.manifest.inputs
-            wires = {port.name: port.name for port in ports}
+            program = load(store, digest, device, precision=precision)
+            wires = {port.name: port.name for port in program.manifest.inputs}
             if self.manifests:
                 wires = wiring(self.manifests[-1], program.manifest)
-            self._blocks.append((wires, runner(program, ports, rows, device, how)))
+            self._blocks.append((wires, run_by(program, rows, how)))
             self.manifests.append(program.manifest)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensors:

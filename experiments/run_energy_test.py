@@ -22,7 +22,7 @@ from typing import Any
 import figures
 import networks
 from client import Requests, Variant, closed_loop
-from lab import Lab, arguments, at_least, at_most, interleaved, target_rows
+from lab import Lab, arguments, at_least, at_most, interleaved
 from variants import FOUR, HANDLE, MONOLITH, ONE, PICKLED, RAW, Variants, best
 
 _FEWEST = 8
@@ -42,7 +42,12 @@ def idle(lab: Lab, seconds: float) -> float | None:
 
 
 def one_run(
-    lab: Lab, variant: Variant, requests: Requests, clients: int, seconds: float, idle_watts: float | None
+    lab: Lab,
+    variant: Variant,
+    requests: Requests,
+    clients: int,
+    seconds: float,
+    idle_watts: float | None,
 ) -> dict[str, Any]:
     """Energy and time of a fixed number of requests that take about `seconds`."""
     rows = len(next(iter(requests.host[0].values())))
@@ -100,9 +105,21 @@ def targets(lab: Lab, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     made = []
     for name in (four, one):
         made += [
-            at_least(f"one client: pickled / {name}", 2.43, ratio(of(PICKLED, "one client"), of(name, "one client"))),
-            at_least(f"saturated: pickled / {name}", 4, ratio(of(PICKLED, "saturated"), of(name, "saturated"))),
-            at_most(f"saturated: {name} / monolith", 1, ratio(of(name, "saturated"), of(whole, "saturated"))),
+            at_least(
+                f"one client: pickled / {name}",
+                2.43,
+                ratio(of(PICKLED, "one client"), of(name, "one client")),
+            ),
+            at_least(
+                f"saturated: pickled / {name}",
+                4,
+                ratio(of(PICKLED, "saturated"), of(name, "saturated")),
+            ),
+            at_most(
+                f"saturated: {name} / monolith",
+                1,
+                ratio(of(name, "saturated"), of(whole, "saturated")),
+            ),
         ]
     return made
 
@@ -124,11 +141,20 @@ def report(lab: Lab, results: Mapping[str, Any]) -> None:
         ]
         for row in results["rows"]
     ]
-    columns = ["variant", "load", "batch", "mJ", "mJ net of idle", "inferences/s", "ms p50", "max diff"]
+    columns = [
+        "variant",
+        "load",
+        "batch",
+        "mJ",
+        "mJ net of idle",
+        "inferences/s",
+        "ms p50",
+        "max diff",
+    ]
     lab.table("energy of an inference", columns, table)
     watts = {name: number(value, ".1f") for name, value in results["idle_watts"].items()}
     lab.console.print(f"idle power, W: {watts}")
-    lab.table("targets", ["target", "wanted", "found", ""], target_rows(results["targets"]))
+    lab.target_table(results["targets"])
 
 
 def main() -> None:
@@ -181,7 +207,7 @@ def measure(
         "clients": options.clients,
         "idle_watts": {"no process": nobody, "all loaded": loaded, "all loaded, after": again},
         "rows": rows_found,
-        "targets": targets(lab, rows_found),
+        "targets": lab.judged(targets(lab, rows_found)),
     }
     report(lab, results)
     figures.energy(Path(options.out) / "energy.png", results)

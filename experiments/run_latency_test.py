@@ -11,7 +11,6 @@ Writes latency.json and latency.png.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import figures
 import networks
 from client import Requests, Sample, one_by_one
-from lab import Lab, arguments, at_least, at_most, interleaved, statistics, target_rows
+from lab import Lab, arguments, at_least, at_most, interleaved, statistics
 from variants import FOUR, ONE, PICKLED, RAW, Variants, best
 
 ROWS = 1
@@ -42,9 +41,7 @@ def measure(lab: Lab, variants: Variants, requests: Requests) -> dict[str, Any]:
                 alone[how] += [chain.times(requests.tensors(n)) for n in range(options.requests)]
             continue
         for side in sides:
-            samples[name, side] += one_by_one(
-                variants.all[name], requests, side, options.requests
-            )
+            samples[name, side] += one_by_one(variants.all[name], requests, side, options.requests)
     return {"samples": samples, "alone": alone, "sides": sides}
 
 
@@ -104,9 +101,13 @@ def targets(lab: Lab, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ratio(of(four, "overhead_ms", "p99"), of(four, "overhead_ms", "p50")),
         ),
         at_least("overhead: pickled / one worker", 50, ratio(pickled, of(one, "overhead_ms"))),
-        at_least("end to end: pickled eager / four workers", 5, ratio(slow, of(four, "end_to_end_ms"))),
         at_least(
-            "end to end: pickled / four workers, same runner", 3, ratio(same, of(four, "end_to_end_ms"))
+            "end to end: pickled eager / four workers", 5, ratio(slow, of(four, "end_to_end_ms"))
+        ),
+        at_least(
+            "end to end: pickled / four workers, same runner",
+            3,
+            ratio(same, of(four, "end_to_end_ms")),
         ),
     ]
 
@@ -138,12 +139,15 @@ def report(lab: Lab, results: Mapping[str, Any]) -> None:
             table,
         )
     blocks = [
-        [how, *(f"{b['mean']:.3f} ± {b['sigma']:.3f} ({b['p50']:.3f}, {b['p99']:.3f})" for b in each)]
+        [
+            how,
+            *(f"{b['mean']:.3f} ± {b['sigma']:.3f} ({b['p50']:.3f}, {b['p99']:.3f})" for b in each),
+        ]
         for how, each in results["alone_ms"].items()
     ]
     names = [f"block {i + 1}" for i in range(lab.options.blocks)]
     lab.table("each block by itself, ms: mean ± σ (p50, p99)", ["runner", *names], blocks)
-    lab.table("targets", ["target", "wanted", "found", ""], target_rows(results["targets"]))
+    lab.target_table(results["targets"])
 
 
 def main() -> None:
@@ -170,7 +174,7 @@ def main() -> None:
                 how: [statistics(block) for block in zip(*runs, strict=True)]
                 for how, runs in found["alone"].items()
             },
-            "targets": targets(lab, rows),
+            "targets": lab.judged(targets(lab, rows)),
         }
         report(lab, results)
         figures.overheads(Path(options.out) / "latency.png", results)

@@ -3,8 +3,8 @@
     python experiments/run_vram_test.py --model resnet152 --tasks 20 --device cuda:0 --out DIR
 
 60, 90 and 95 % of the tasks share 75 % of their bytes. Device memory is the growth of what NVML
-says is used on the whole GPU (so nobody else may use it meanwhile), with everything loaded and every
-task asked once, of:
+says is used on the whole GPU (so nobody else may use it meanwhile), with everything loaded
+(with CUDA graphs for --runner graph) and every task asked once, of:
 
     one monolith process for each task (--processes of them are measured; more is extrapolated)
     all monoliths in one process
@@ -17,12 +17,11 @@ memory instead (proportional set size), under its own name. Writes vram.json and
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing as mp
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,7 +35,7 @@ import psutil
 import torch
 from deployed import House
 from families import Family, Task
-from lab import Lab, arguments, at_least, at_most, target_rows
+from lab import Lab, arguments, at_least, at_most
 
 from blockflow.artifact import Store
 from blockflow.child import die_with_parent
@@ -47,7 +46,13 @@ MIB = 1 << 20
 
 
 def _monoliths(
-    store: Path, tasks: Sequence[Task], device: str, inputs: Mapping[str, Any], parent: int, control: Connection
+    store: Path,
+    tasks: Sequence[Task],
+    device: str,
+    how: str,
+    inputs: Mapping[str, Any],
+    parent: int,
+    control: Connection,
 ) -> None:
     """A process with these tasks, each loaded by itself and asked once; ends when told.
 
@@ -60,7 +65,8 @@ def _monoliths(
         torch.nn.functional.conv2d(image, torch.ones(8, 8, 3, 3, device=device))
         torch.mm(image[0, 0], image[0, 0])
         networks.synchronised(device)
-    loaded = [families.monolith(Store(store), task, ROWS, device, "eager") for task in tasks]
+    networks.begin(device)
+    loaded = [families.monolith(Store(store), task, ROWS, device, how, "fp32") for task in tasks]
     answers = []
     for chain in loaded:
         here = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
@@ -105,7 +111,15 @@ def monoliths(
         mine, theirs = spawn.Pipe()
         process = spawn.Process(
             target=_monoliths,
-            args=(lab.store.root, group, lab.device, inputs, os.getpid(), theirs),
+            args=(
+                lab.store.root,
+                group,
+                lab.device,
+                lab.options.runner,
+                inputs,
+                os.getpid(),
+                theirs,
+            ),
             daemon=True,
         )
         process.start()
@@ -122,19 +136,27 @@ def monoliths(
 
 
 def deployed(
-    lab: Lab, family: Family, tasks: Sequence[Task], inputs: Mapping[str, Any], settings: Mapping[str, Any], name: str
+    lab: Lab,
+    family: Family,
+    tasks: Sequence[Task],
+    inputs: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    name: str,
 ) -> tuple[int, list[Any]]:
     """Bytes that a server with these tasks takes, and every task's answer, through the gateway."""
     memory = Memory(lab)
     # The least that a server needs: one row at a time, few requests under way.
-    wanted = families.topology(lab.store, tasks, lab.device, {"max_batch": ROWS, **settings})
+    wanted = families.topology(
+        lab.store,
+        tasks,
+        lab.device,
+        {"max_batch": ROWS, "cuda_graph": lab.options.runner == "graph", **settings},
+    )
     house = House(wanted, lab.folder / name)
     try:
         house.wait_ready()
         with InferenceClient(house.url) as client:
-            answers = [
-                next(iter(client.infer(task.name, inputs).values())) for task in tasks
-            ]
+            answers = [next(iter(client.infer(task.name, inputs).values())) for task in tasks]
         taken = memory.taken(house.pid)
     finally:
         house.close()
@@ -197,10 +219,7 @@ def processes(lab: Lab, family: Family, inputs: Mapping[str, Any], count: int) -
     memory.settle()
     lab.say(f"{count} monolith processes")
     with monoliths(lab, [[task] for task in family.tasks[:count]], inputs) as (pids, _):
-        if lab.gpu:
-            taken = memory.taken(0)
-        else:
-            taken = sum(memory.taken(pid) for pid in pids)
+        taken = memory.taken(0) if lab.gpu else sum(memory.taken(pid) for pid in pids)
     memory.settle()
     every = len(family.tasks)
     return {
@@ -241,7 +260,9 @@ def report(lab: Lab, results: Mapping[str, Any]) -> None:
         def line(name: str, size: float, *cells: str, title: str = title) -> None:
             table.append([f"{title}: {name}", f"{size / MIB:.0f}", *cells])
 
-        line(f"a process for each task ({how} from {apart['measured']})", apart["bytes"], "", "", "")
+        line(
+            f"a process for each task ({how} from {apart['measured']})", apart["bytes"], "", "", ""
+        )
         line("all monoliths in one process", row["one_process_bytes"], "", "", "")
         for name, found in row["blockflow"].items():
             saved = f"{found['saved']:.2%}", f"{found['saved_beyond_context']:.2%}"
@@ -251,12 +272,15 @@ def report(lab: Lab, results: Mapping[str, Any]) -> None:
     columns = [f"{results['tasks']} {results['model']} tasks", f"{results['memory']}, MiB"]
     columns += ["saved of one process", "beyond one context", "max diff"]
     lab.table(f"memory; one context takes {apart['context_bytes'] / MIB:.0f} MiB", columns, table)
-    lab.table("targets", ["target", "wanted", "found", ""], target_rows(results["targets"]))
+    lab.target_table(results["targets"])
 
 
 def main() -> None:
     parser = arguments(__doc__, model="resnet152")
     parser.add_argument("--tasks", type=int, help="20, or 8 in a quick run")
+    parser.add_argument(
+        "--runner", default="eager", choices=("eager", "graph"), help="of blocks and monoliths"
+    )
     parser.add_argument("--share", type=float, default=0.75, help="of a network's bytes")
     parser.add_argument("--fractions", help="of the tasks that share, such as 0.6,0.9,0.95")
     parser.add_argument("--processes", type=int, help="monolith processes to measure")
@@ -278,10 +302,11 @@ def main() -> None:
         results = {
             "model": options.model,
             "tasks": options.tasks,
+            "runner": options.runner,
             "memory": "device memory by NVML" if lab.gpu else "host memory (PSS)",
             "processes": apart,
             "rows": rows,
-            "targets": targets(lab, rows),
+            "targets": lab.judged(targets(lab, rows)),
         }
         report(lab, results)
         figures.vram(Path(options.out) / "vram.png", results)

@@ -30,13 +30,14 @@ import msgspec
 import networks
 import numpy as np
 import torch
-import torch.multiprocessing  # noqa: F401 - teaches ForkingPickler to send tensors
+import torch.multiprocessing
 import zmq
 from client import Answer, Inputs
 
 from blockflow.artifact import Store
 from blockflow.child import die_with_parent
 from blockflow.program import load
+from blockflow.topology import Precision
 
 _HEAD = struct.Struct("<q")
 _MARK = struct.Struct("<dd")
@@ -84,6 +85,8 @@ class Raw:
 
 class Handle:
     def __init__(self) -> None:
+        # Of the whole process. The other strategy sends descriptors through a server thread.
+        torch.multiprocessing.set_sharing_strategy("file_system")
         # The exporter must outlive the receiver's use.
         self._kept: deque[Any] = deque(maxlen=_KEPT)
 
@@ -119,20 +122,21 @@ class Stage:
     how: str
     rows: int
     device: str
+    precision: Precision
     parent: int
 
 
 def _serve(stage: Stage, ready: Connection) -> None:
     die_with_parent(stage.parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.multiprocessing.set_sharing_strategy("file_system")
     context = zmq.Context.instance()
     pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     pull.bind(stage.receive)
     push.connect(stage.send)
     transport = TRANSPORTS[stage.transport]()
-    program = load(Store(stage.store), stage.digest, stage.device)
-    call = networks.runner(program, program.manifest.inputs, stage.rows, stage.device, stage.how)
+    networks.begin(stage.device)
+    program = load(Store(stage.store), stage.digest, stage.device, precision=stage.precision)
+    call = networks.run_by(program, stage.rows, stage.how)
     ready.send("ready")
     while True:
         head, *frames = pull.recv_multipart(copy=False)
@@ -160,6 +164,7 @@ class Pipeline:
         how: str,
         device: str,
         rows: int,
+        precision: Precision,
     ) -> None:
         self._transport = TRANSPORTS[transport]()
         self._device = device
@@ -185,6 +190,7 @@ class Pipeline:
                 how,
                 rows,
                 device,
+                precision,
                 os.getpid(),
             )
             mine, theirs = spawn.Pipe(duplex=False)

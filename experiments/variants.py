@@ -12,6 +12,7 @@ from deployed import Entry, House, blockflow_topology
 from lab import Lab
 from traditional import Pipeline
 
+from blockflow.program import load
 from blockflow.split import split_model
 
 PICKLED = "traditional, pickled"
@@ -81,13 +82,20 @@ class Variants:
         ]
         self.kinds = {kind.name: kind for kind in kinds}
         # Names of blocks and pipelines are plain: what a variant is called is for people.
-        pipelines = {f"p{index}": kind for index, kind in enumerate(kinds) if kind.settings is not None}
+        pipelines = {
+            f"p{index}": kind for index, kind in enumerate(kinds) if kind.settings is not None
+        }
         topology = blockflow_topology(
             lab.store.root,
             self.digests,
             lab.device,
             {
-                name: {"max_batch": self.rows, **(kind.settings or {})}
+                name: {
+                    "max_batch": self.rows,
+                    "precision": lab.precision,
+                    "cuda_graph": kind.how == "graph",
+                    **(kind.settings or {}),
+                }
                 for name, kind in pipelines.items()
             },
         )
@@ -101,29 +109,39 @@ class Variants:
                 how=kind.how,
                 device=lab.device,
                 rows=self.rows,
+                precision=lab.precision,
             )
             for kind in kinds
             if kind.transport is not None
         }
-        self.whole = networks.whole(self.source, lab.device)
+        lab.say("waiting for the server")
+        self.house.wait_ready()
+        networks.begin(lab.device)
         self.chains = {
-            how: networks.Chain(lab.store, self.digests, self.rows, lab.device, how)
+            how: networks.Chain(lab.store, self.digests, self.rows, lab.device, how, lab.precision)
             for how in hows
         }
+        # After the chains: their loading chose the precision of everything in this process.
+        self.whole = networks.whole(self.source, lab.device)
         for kind in kinds:
             if kind.transport is None and kind.settings is None:
-                call = networks.runner(
-                    self.whole, self.source.inputs, self.rows, lab.device, kind.how
-                )
-                self.all[kind.name] = Monolith(call, lab.device)
-        lab.say("waiting for the stages and the server")
+                self.all[kind.name] = Monolith(self._monolith(kind.how), lab.device)
+        lab.say("waiting for the stages")
         for name, stage in stages.items():
             stage.wait_ready()
             self.all[name] = stage
-        self.house.wait_ready()
         for pipeline, kind in pipelines.items():
             self.all[kind.name] = Entry(self.house, lab.folder, [pipeline], lab.device)
         self.all = {kind.name: self.all[kind.name] for kind in kinds}
+
+    def _monolith(self, how: str) -> networks.Call:
+        """The module itself; or the same network, unsplit, replayed by the runner of blocks."""
+        if how == "eager":
+            return self.whole
+        lab = self.lab
+        (block,) = split_model(lab.source(), 1, lab.store).blocks
+        program = load(lab.store, block.digest, lab.device, precision=lab.precision)
+        return networks.run_by(program, self.rows, how)
 
     def close(self) -> None:
         for variant in self.all.values():
