@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -119,9 +119,10 @@ def load(
 
 
 def _round_to_tf32(rounded: bool) -> None:
-    backends: Any = torch.backends  # of whose settings its types know only the older ones
-    for setting in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul):
-        setting.fp32_precision = "tf32" if rounded else "ieee"
+    # Not by the newer `fp32_precision`: what is set so cannot be read by these, which torch.export
+    # does, and raises.
+    torch.backends.cudnn.allow_tf32 = rounded
+    torch.backends.cuda.matmul.allow_tf32 = rounded
 
 
 def read_script(
