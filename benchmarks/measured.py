@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,7 +20,7 @@ def conditions(device: str) -> dict[str, Any]:
     """Where and with what a benchmark ran."""
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "-s") else ""),
+        "commit": _commit(),
         "cpu": f"{_cpu()}, {len(_cores())} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -48,6 +49,15 @@ def write(path: Path | None, results: Mapping[str, Any]) -> None:
         print(f"written to {path}", file=sys.stderr)
 
 
+def _commit() -> str:
+    """The commit that is measured, with a "+" where files were changed since.
+
+    BENCHMARK_COMMIT says it where the files were carried to without their history.
+    """
+    said = os.environ.get("BENCHMARK_COMMIT")
+    return said or _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "-s") else "")
+
+
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
@@ -61,6 +71,4 @@ def _cpu() -> str:
 
 
 def _cores() -> set[int]:
-    import os
-
     return os.sched_getaffinity(0)
