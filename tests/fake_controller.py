@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+from blockflow.devices import Mps
 from blockflow.edit import Change, Conflict, Terms, Verb
 from blockflow.errors import NotFound
 from blockflow.status import (
@@ -141,6 +142,9 @@ class FakeController:
             )
             for name, pipeline in self.current.pipelines.items()
         ]
+
+    def mps(self) -> dict[str, Mps]:
+        return {}
 
     def waiting(self) -> list[str]:
         return [

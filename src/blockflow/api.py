@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from blockflow import __version__, dashboard, edit, telemetry
 from blockflow import topology as topology_file
 from blockflow.access import RequireToken, SameHostOnly
-from blockflow.devices import Survey, survey
+from blockflow.devices import Mps, Survey, survey
 from blockflow.edit import Change, Terms, Verb
 from blockflow.errors import BlockFlowError, RequestTooLarge, TopologyInvalid
 from blockflow.status import (
@@ -79,6 +79,10 @@ class Controller(Protocol):
     def blocks(self) -> list[BlockStatus]: ...
 
     def pipelines(self) -> list[PipelineStatus]: ...
+
+    def mps(self) -> Mapping[str, Mps]:
+        """What is known of MPS, by the names of GPUs."""
+        ...
 
     def waiting(self) -> list[str]:
         """Say what should serve and does not, and why; empty when everything does."""
@@ -315,9 +319,9 @@ def _status_routes(controller: Controller) -> APIRouter:
         )
 
     @app.get("/v1/devices", tags=["status"])
-    def get_devices() -> Survey:
+    async def get_devices() -> Survey:
         """List the devices of this host."""
-        return survey()
+        return (await asyncio.to_thread(survey)).with_mps(controller.mps())
 
     @app.get("/healthz", tags=["health"])
     async def get_health() -> Health:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -9,27 +10,48 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 import zmq
 
 from blockflow import protocol
 
 _PR_SET_PDEATHSIG = 1
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked into, never written
 LOG_FORMAT = "BLOCKFLOW_LOG_FORMAT"
 """The environment variable by which the server tells its children how to log."""
 
 
-def die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
     """Let the kernel kill this process the moment its parent, process `parent`, is gone.
 
     The kernel means the parent's thread that started the child: the server starts children from
-    its main thread alone.
+    its main thread alone. `by` is the signal, for those that have something to put in order first.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+    if libc.prctl(_PR_SET_PDEATHSIG, by) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent:  # it died before the call took effect
         sys.exit(1)
+
+
+def cuda_leftovers(names: Iterable[str], uid: int, pid: int) -> list[str]:
+    """Those of `names`, files in /dev/shm, that CUDA's driver made in process `pid` of user `uid`.
+
+    The driver does not remove them when the process is killed or leaves by `os._exit`.
+    """
+    return [name for name in names if name.startswith(f"cuda.shm.{uid:x}.{pid:x}.")]
+
+
+def remove_cuda_leftovers(pid: int) -> None:
+    """Remove what CUDA's driver left in /dev/shm of this user's process `pid`, which has ended."""
+    there = [path.name for path in _SHARED_MEMORY.iterdir()]
+    for name in cuda_leftovers(there, os.getuid(), pid):
+        left = _SHARED_MEMORY / name
+        with contextlib.suppress(FileNotFoundError):
+            if left.lstat().st_uid == os.getuid():
+                left.unlink()
 
 
 def start_logging(name: str, level: str) -> None:

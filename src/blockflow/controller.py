@@ -12,16 +12,20 @@ import contextlib
 import itertools
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from blockflow import devices, edit, ledger, protocol, reconcile
 from blockflow.artifact import Digest, Manifest, Store
 from blockflow.edit import Terms, Verb
 from blockflow.errors import BlockFlowError, NotFound, StartFailed, TopologyInvalid
 from blockflow.events import Journal
+from blockflow.mps import DEVICE as MPS_DEVICE
+from blockflow.mps import Mps
 from blockflow.oip import ModelMetadata
 from blockflow.options import ServeOptions
 from blockflow.protocol import Route, RouteId, Step
@@ -69,6 +73,9 @@ class _Worker:
     child: Child | None = None
     endpoints: dict[BlockName, str] = field(default_factory=dict)
     computations: dict[BlockName, Patience] = field(default_factory=dict)
+    condemned: bool = False
+    parted: bool = False
+    """Under MPS: its work was taken off the GPU, so that its death is its own."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,8 @@ class Controller:
         self._state = state
         self._journal = Journal()
         self._supervisor = Supervisor(run_dir, options.log_level)
+        self._mps = Mps(self._supervisor, run_dir, self._lose_gpu)
+        self._sharing: set[_Worker] = set()
         self._store = options.store
         self._deployed = _Deployed(Generation(0), Topology(store=None), {}, {}, {})
         self._passing: list[_Worker] = []
@@ -120,7 +129,7 @@ class Controller:
         self._results = ""
         self._route_ids = itertools.count(1)
         self._lock = asyncio.Lock()
-        self._deaths: dict[WorkerName, deque[float]] = {}
+        self._deaths: dict[str, deque[float]] = {}
         self._repairs: set[asyncio.Task[None]] = set()
         self._eyes: asyncio.Task[None] | None = None
         self._begun = False
@@ -156,8 +165,9 @@ class Controller:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._gateway is not None:
             await self._gateway.stop(_STOP_SECONDS)
-        everyone = (*self._deployed.workers.values(), *self._passing)
+        everyone = {*self._deployed.workers.values(), *self._passing, *self._sharing}
         await asyncio.gather(*(self._stop(worker) for worker in everyone))
+        await self._mps.close()
         await self._supervisor.close()
 
     # What the API asks
@@ -178,9 +188,10 @@ class Controller:
             terms.check(old.generation)
             topology = await asyncio.to_thread(change, old.topology)
             store, manifests = await self._examine(topology)
+            mps = await self._prepare_mps(topology, terms.dry_run)
             plan = reconcile.diff(
                 {name: worker.spec for name, worker in old.workers.items()},
-                reconcile.plan_workers(topology),
+                reconcile.plan_workers(topology, mps),
             )
             number = old.generation
             if not terms.dry_run:
@@ -272,7 +283,7 @@ class Controller:
                 if not isinstance(error, StartFailed):
                     raise
                 raise StartFailed(f"{error}; the old process keeps serving") from error
-            self._deaths.pop(name, None)
+            self._deaths.pop(_fate(old.spec), None)
             await self._supplant(new, [old])
             log.info("worker %s was restarted", name)
             return result
@@ -333,6 +344,9 @@ class Controller:
                 )
             )
         return statuses
+
+    def mps(self) -> Mapping[str, devices.Mps]:
+        return self._mps.status()
 
     def waiting(self) -> list[str]:
         """What should serve and does not, and why. An update that is under way is not counted."""
@@ -413,7 +427,8 @@ class Controller:
             except TopologyInvalid as error:
                 which = f"generation {last.generation}, which served last"
                 raise TopologyInvalid([f"{which}: {each}" for each in error.problems]) from error
-            specs = reconcile.plan_workers(last.topology)
+            mps = await self._prepare_mps(last.topology)
+            specs = reconcile.plan_workers(last.topology, mps)
             workers = {name: _Worker(spec) for name, spec in specs.items()}
             self._deployed = _Deployed(
                 Generation(last.generation), last.topology, manifests, workers, {}
@@ -440,7 +455,7 @@ class Controller:
             worker.state = BlockState.FAILED
             worker.reason = str(error)
             worker.returning = True
-            self._repair(self._replace(worker, deaths=2))
+            self._repair(self._replace([worker], deaths=2))
 
     async def _launch(
         self,
@@ -503,6 +518,7 @@ class Controller:
         await self._forget(road for name, road in new.roads.items() if old.get(name) is not road)
         await asyncio.gather(*(self._stop(worker) for worker in self._passing))
         self._passing = []
+        await self._keep_mps()
 
     async def _supplant(self, new: _Deployed, stop: list[_Worker]) -> None:
         """Swap the routes. From here on `new` is what should be, and failures are repaired."""
@@ -520,6 +536,20 @@ class Controller:
         self._leaving = ()
         await asyncio.gather(*(self._stop(worker) for worker in stop))
         self._passing = []
+        await self._keep_mps()
+
+    async def _prepare_mps(self, topology: Topology, dry_run: bool = False) -> frozenset[str]:
+        """The GPUs whose workers are to run under MPS. Raises TopologyInvalid."""
+        try:
+            return await self._mps.prepare(reconcile.mps_wanted(topology), dry_run)
+        except TopologyInvalid:
+            await self._keep_mps()
+            raise
+
+    async def _keep_mps(self) -> None:
+        """End the MPS daemons that nobody needs any more."""
+        specs = (worker.spec for worker in self._deployed.workers.values())
+        await self._mps.keep({spec.device for spec in specs if spec.mps})
 
     async def _record(self, deployed: _Deployed, verb: Verb, reason: str | None = None) -> None:
         await asyncio.to_thread(
@@ -544,25 +574,33 @@ class Controller:
         incarnation = self._supervisor.next_incarnation()
         self._journal.write(EventKind.WORKER_STARTED, spec.name)
         try:
+            environment = await self._mps.environment(spec.device) if spec.mps else {}
             worker.child = await self._supervisor.spawn(
                 f"worker {spec.name}",
                 "blockflow.worker",
                 incarnation,
                 ["--name", spec.name],
                 seconds=seconds,
+                extra_environment=environment,
             )
             # The socket's path must stay short, so it is numbered rather than named.
             worker.endpoints = {
                 block.name: f"ipc://{self._run_dir}/{incarnation}.{number}.sock"
                 for number, block in enumerate(spec.blocks)
             }
-            load = protocol.Load(str(self._store), spec.blocks, tuple(worker.endpoints.values()))
+            blocks = spec.blocks
+            if spec.mps:
+                self._sharing.add(worker)
+                blocks = tuple(msgspec.structs.replace(b, device=MPS_DEVICE) for b in blocks)
+            load = protocol.Load(str(self._store), blocks, tuple(worker.endpoints.values()))
             left = max(0.0, end - asyncio.get_running_loop().time())
             await worker.child.command(load, left)
+            if spec.mps:
+                await self._mps.admit(spec.device, spec.name, worker.child.pid)
         except StartFailed as error:
             self._journal.write(EventKind.WORKER_FAILED, spec.name, str(error))
             raise
-        if not worker.child.alive:
+        if not worker.child.alive or worker.child.condemned:
             raise StartFailed(f"worker {spec.name} ended as soon as it was ready")
         worker.state = BlockState.READY
         worker.child.on_exit = lambda reason: self._mourn(worker, reason)
@@ -571,8 +609,10 @@ class Controller:
     async def _stop(self, worker: _Worker) -> None:
         if worker.child is not None:
             alive = worker.child.alive
-            await worker.child.stop(_STOP_SECONDS)
+            await worker.child.stop(_STOP_SECONDS, lambda: self._part(worker))
             self._supervisor.forget(worker.child)
+            self._sharing.discard(worker)
+            self._mps.dismiss(worker.spec.device, worker.spec.name, worker.child.pid)
             if alive:
                 self._journal.write(EventKind.WORKER_STOPPED, worker.spec.name)
 
@@ -705,19 +745,65 @@ class Controller:
     # Mourning and repair
 
     def _mourn(self, worker: _Worker, reason: str) -> None:
-        """A worker died: stop sending there, answer what it held, and start a successor."""
-        log.error("worker %s failed: %s", worker.spec.name, reason)
-        self._journal.write(EventKind.WORKER_FAILED, worker.spec.name, reason)
-        worker.state = BlockState.FAILED
-        worker.reason = reason
+        """A worker died: stop sending there, answer what it held, and start a successor.
+
+        Under MPS, whoever dies without having been parted from the others takes them along.
+        """
+        self._sharing.discard(worker)
+        lost = {worker: reason}
+        if worker.spec.mps and not worker.parted:
+            others = f"worker {worker.spec.name}, with which it shared the GPU under MPS, failed"
+            lost |= self._end_sharing(worker.spec.device, f"{others}: {reason}")
+        suspects = tuple(
+            request
+            for endpoint in worker.endpoints.values()
+            for request in ledger.read(ledger.ledger_path(endpoint))
+        )
+        self._bury(lost, _fate(worker.spec), reason, suspects)
+
+    def _lose_gpu(self, device: str, reason: str) -> None:
+        """The MPS daemon of a GPU ended, and with it all work there."""
+        log.error("%s", reason)
+        if lost := self._end_sharing(device, reason):
+            self._bury(lost, _fate(next(iter(lost)).spec), reason, ())
+
+    def _end_sharing(self, device: str, reason: str) -> dict[_Worker, str]:
+        """End all that share a GPU under MPS, for what they hold there is lost.
+
+        Gives those of them that were ready. One that still starts fails, and whoever started it
+        hears of it.
+        """
+        ended: dict[_Worker, str] = {}
+        for other in tuple(self._sharing):
+            if other.spec.device == device and other.child is not None:
+                self._sharing.discard(other)
+                if other.state in {BlockState.READY, BlockState.DRAINING}:
+                    other.child.on_exit = None
+                    ended[other] = reason
+                other.child.condemn(reason)
+        return ended
+
+    def _bury(
+        self, lost: Mapping[_Worker, str], fate: str, reason: str, suspects: tuple[int, ...]
+    ) -> None:
+        """Note the deaths of workers that died together, and have them repaired.
+
+        lost: why each of them died, and `reason` why the first did. fate: what their deaths are
+        counted under. suspects: the requests that may be to blame.
+        """
         now = asyncio.get_running_loop().time()
-        deaths = self._deaths.setdefault(worker.spec.name, deque())
+        deaths = self._deaths.setdefault(fate, deque())
         deaths.append(now)
         while deaths[0] < now - _MEMORY_SECONDS:
             deaths.popleft()
-        worker.returning = len(deaths) < _CRASH_LOOP
-        self._repair(self._abandon(worker))
-        self._repair(self._replace(worker, deaths=len(deaths)))
+        for worker, why in lost.items():
+            log.error("worker %s failed: %s", worker.spec.name, why)
+            self._journal.write(EventKind.WORKER_FAILED, worker.spec.name, why)
+            worker.state = BlockState.FAILED
+            worker.reason = why
+            worker.returning = len(deaths) < _CRASH_LOOP
+        self._repair(self._abandon(tuple(lost), reason, suspects))
+        self._repair(self._replace(tuple(lost), deaths=len(deaths)))
 
     def _mourn_gateway(self, reason: str) -> None:
         log.error("the gateway failed: %s", reason)
@@ -741,53 +827,122 @@ class Controller:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a repair failed", exc_info=error)
 
-    async def _abandon(self, worker: _Worker) -> None:
+    async def _abandon(
+        self, lost: Sequence[_Worker], reason: str, suspects: tuple[int, ...]
+    ) -> None:
         await self._publish()
         ids = tuple(
             road.route.id
             for road in (*self._deployed.roads.values(), *self._leaving)
-            if worker in road.workers
+            if any(worker in road.workers for worker in lost)
         )
         if ids and self._gateway is not None and self._gateway.alive:
-            names = ", ".join(block.name for block in worker.spec.blocks)
-            reason = f"block {names} failed while it held this request: {worker.reason}"
-            suspects = tuple(
-                request
-                for endpoint in worker.endpoints.values()
-                for request in ledger.read(ledger.ledger_path(endpoint))
-            )
+            names = ", ".join(block.name for worker in lost for block in worker.spec.blocks)
+            words = f"block {names} failed while it held this request: {reason}"
             with contextlib.suppress(StartFailed):
-                await self._gateway.command(protocol.Abort(ids, reason, suspects))
+                await self._gateway.command(protocol.Abort(ids, words, suspects))
 
-    async def _replace(self, dead: _Worker, deaths: int) -> None:
-        """Start a successor: at once after one death, ever later after several in a row."""
-        name = dead.spec.name
+    async def _replace(self, dead: Sequence[_Worker], deaths: int) -> None:
+        """Start successors: at once after one death, ever later after several in a row.
+
+        Those that died together come back together, after all of them are gone.
+        """
         pause = 0.0 if deaths == 1 else _pause(deaths - 2)
         for attempt in itertools.count(deaths):
             await asyncio.sleep(pause)
             async with self._lock:
-                if self._deployed.workers.get(name) is not dead:
-                    return  # an update has put something else in its place
-                successor = _Worker(dead.spec, restarts=dead.restarts + 1)
-                try:
-                    await self._bring_up(successor, self._options.ready_timeout_s)
-                    await self._install(dead, successor)
-                except StartFailed as error:
-                    await self._stop(successor)
-                    dead.reason = str(error)
-                    dead.returning = attempt < _CRASH_LOOP
-                    dead.restarts = successor.restarts
-                    log.warning("worker %s cannot be replaced yet: %s", name, error)
-                    await self._publish()
-                else:
-                    log.info("worker %s is back", name)
-                    return
+                # Of some, an update may have put something else in their place.
+                dead = [d for d in dead if self._deployed.workers.get(d.spec.name) is d]
+                dead = await self._succeed(dead, attempt)
+            if not dead:
+                return
             pause = _pause(attempt - 1)
 
-    async def _install(self, dead: _Worker, successor: _Worker) -> None:
-        """Route around `dead` through `successor`. Raises StartFailed."""
+    async def _succeed(self, dead: Sequence[_Worker], attempt: int) -> list[_Worker]:
+        """Start successors and route around `dead` through them; gives those still without one."""
+        for worker in dead:
+            if worker.child is not None:
+                await worker.child.ended()
+        await self._renew_mps({worker.spec.device for worker in dead if worker.spec.mps})
+        pairs: list[tuple[_Worker, _Worker]] = []
+        failed: list[tuple[_Worker, _Worker, str]] = []
+        successors = [_Worker(worker.spec, restarts=worker.restarts + 1) for worker in dead]
+        outcomes = await asyncio.gather(
+            *(self._rise(successor) for successor in successors), return_exceptions=True
+        )
+        for worker, successor, outcome in zip(dead, successors, outcomes, strict=True):
+            if isinstance(outcome, StartFailed):
+                failed.append((worker, successor, str(outcome)))
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            elif successor.state is BlockState.FAILED:
+                failed.append((worker, successor, str(successor.reason)))
+            else:
+                pairs.append((worker, successor))
+        if pairs:
+            try:
+                await self._install(pairs)
+            except StartFailed as error:
+                failed += [(worker, successor, str(error)) for worker, successor in pairs]
+        for worker, successor, reason in failed:
+            await self._stop(successor)
+            worker.reason = reason
+            worker.returning = attempt < _CRASH_LOOP
+            worker.restarts = successor.restarts
+            log.warning("worker %s cannot be replaced yet: %s", worker.spec.name, reason)
+        if failed:
+            await self._publish()
+        left = [worker for worker, _, _ in failed]
+        for worker in dead:
+            if worker not in left:
+                log.info("worker %s is back", worker.spec.name)
+        return left
+
+    async def _rise(self, worker: _Worker) -> None:
+        """Bring up a successor, without MPS where it cannot be had any more. Raises StartFailed."""
+        spec = worker.spec
+        if spec.mps:
+            must = reconcile.mps_wanted(self._deployed.topology).get(spec.device, False)
+            problem = await self._mps.obtain(spec.device)
+            if problem is not None and must:
+                raise StartFailed(f"MPS is on for {spec.device}, but cannot be had: {problem}")
+            worker.spec = msgspec.structs.replace(spec, mps=problem is None)
+        await self._bring_up(worker, self._options.ready_timeout_s)
+
+    async def _renew_mps(self, gpus: Collection[str]) -> None:
+        """Have MPS started anew where nobody uses it, for a fault may have left it unusable."""
+        for device in set(gpus) - {worker.spec.device for worker in self._sharing}:
+            await self._mps.renew(device)
+
+    async def _part(self, worker: _Worker) -> None:
+        """Before a worker under MPS is killed, take its work off the GPU it shares."""
+        if worker.spec.mps and worker.child is not None and worker.child.alive:
+            worker.parted = True
+            worker.parted = await self._mps.terminate(worker.spec.device, worker.child.pid)
+
+    def _condemn(self, child: Child, reason: str) -> None:
+        """Kill a hung process. What follows is what follows every death."""
+        for worker in self._sharing:
+            if worker.child is child:
+                if not worker.condemned:
+                    worker.condemned = True
+                    self._repair(self._part_and_condemn(worker, child, reason))
+                return
+        child.condemn(reason)
+
+    async def _part_and_condemn(self, worker: _Worker, child: Child, reason: str) -> None:
+        await self._part(worker)
+        child.condemn(reason)
+
+    async def _install(self, pairs: Sequence[tuple[_Worker, _Worker]]) -> None:
+        """Route around the dead of `pairs` through their successors. Raises StartFailed."""
         now = self._deployed
-        affected = [name for name, road in now.roads.items() if dead in road.workers]
+        dead = [worker for worker, _ in pairs]
+        affected = [
+            name
+            for name, road in now.roads.items()
+            if any(worker in road.workers for worker in dead)
+        ]
         affected += [
             name for name in map(PipelineName, now.topology.pipelines) if name not in now.roads
         ]
@@ -795,14 +950,14 @@ class Controller:
             now.generation,
             now.topology,
             now.manifests,
-            {**now.workers, dead.spec.name: successor},
+            {**now.workers, **{successor.spec.name: successor for _, successor in pairs}},
             now.roads,
         )
         self._deployed = await self._with_roads(new, affected)
         await self._publish()
         old = [road for name, road in now.roads.items() if self._deployed.roads[name] is not road]
         await self._forget(old)
-        await self._stop(dead)
+        await asyncio.gather(*(self._stop(worker) for worker in dead))
 
     async def _replace_gateway(self) -> None:
         for attempt in itertools.count():
@@ -843,7 +998,7 @@ class Controller:
         while True:
             for child in self._watched():
                 if child.silent > limit:
-                    child.condemn(f"it has said nothing for {limit:g} s")
+                    self._condemn(child, f"it has said nothing for {limit:g} s")
             for worker in self._deployed.workers.values():
                 if worker.state is BlockState.READY:
                     self._look_at_computations(worker)
@@ -858,7 +1013,7 @@ class Controller:
             patience = worker.computations.setdefault(block, Patience(2 * _LOOK_EVERY))
             computed = ledger.read(ledger.ledger_path(endpoint))
             if patience.look(now, computed) > limit and worker.child is not None:
-                worker.child.condemn(f"block {block} computed one request for {limit:g} s")
+                self._condemn(worker.child, f"block {block} computed one request for {limit:g} s")
 
 
 def _access(options: ServeOptions) -> list[str]:
@@ -872,6 +1027,11 @@ def _access(options: ServeOptions) -> list[str]:
         if path is not None:
             flags += [flag, str(path)]
     return flags
+
+
+def _fate(spec: WorkerSpec) -> str:
+    """What the deaths of a worker are counted under: under MPS, those of its whole GPU."""
+    return f"MPS on {spec.device}" if spec.mps else spec.name
 
 
 def _pause(attempt: int) -> float:

@@ -23,6 +23,20 @@ from pydantic import BaseModel, ConfigDict
 _log = logging.getLogger(__name__)
 
 
+class Mps(BaseModel):
+    """Whether a GPU's workers run under MPS.
+
+    `failed`: they should and do not, or not all of them, for `reason`. `clients` are the workers
+    that MPS itself names as its clients, with their pids.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    state: Literal["on", "off", "failed"]
+    reason: str | None = None
+    clients: dict[str, int] = {}
+
+
 class Device(BaseModel):
     """A place where blocks can live; memory in bytes.
 
@@ -53,6 +67,8 @@ class Device(BaseModel):
     energy_joules: float | None = None
     """Of the whole board, since the driver was loaded; its differences measure work."""
     temperature_celsius: float | None = None
+    mps: Mps | None = None
+    """Of a GPU, in a server's answer."""
 
 
 class Survey(BaseModel):
@@ -62,6 +78,19 @@ class Survey(BaseModel):
 
     devices: tuple[Device, ...]
     problem: str | None = None
+
+    def with_mps(self, known: Mapping[str, Mps]) -> Survey:
+        """The same with what a server knows of MPS on each GPU; where it knows nothing, it is off.
+
+        An instance of MPS by another hand is not seen here.
+        """
+        devices = tuple(
+            device.model_copy(update={"mps": known.get(device.name, Mps(state="off"))})
+            if device.kind == "cuda"
+            else device
+            for device in self.devices
+        )
+        return self.model_copy(update={"devices": devices})
 
 
 class ProcessMemory(BaseModel):

@@ -17,6 +17,7 @@ from blockflow.artifact import BATCH, Digest, Manifest, Port
 from blockflow.topology import (
     Block,
     BlockName,
+    Gpu,
     Pipeline,
     PipelineName,
     Precision,
@@ -41,11 +42,15 @@ class BlockSpec(msgspec.Struct, frozen=True):
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
-    """A process that should exist. `blocks` is sorted by name, so equal specs compare equal."""
+    """A process that should exist. `blocks` is sorted by name, so equal specs compare equal.
+
+    `mps`: it shares its GPU with the device's other workers under MPS, and dies with them.
+    """
 
     name: WorkerName
     device: str
     blocks: tuple[BlockSpec, ...]
+    mps: bool = False
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -136,10 +141,25 @@ def pipeline_signature(
     )
 
 
-def plan_workers(topology: Topology) -> dict[WorkerName, WorkerSpec]:
+def mps_wanted(topology: Topology) -> dict[str, bool]:
+    """Say which GPUs' workers should run under MPS: true where they must, false where they may."""
+    workers: dict[str, set[str]] = defaultdict(set)
+    for name, block in topology.blocks.items():
+        if block.device != "cpu":
+            workers[block.device].add(block.worker or name)
+    settings = {device: topology.devices.get(device, Gpu()).mps for device in workers}
+    return {
+        device: setting == "on"
+        for device, setting in sorted(settings.items())
+        if setting == "on" or (setting == "auto" and len(workers[device]) > 1)
+    }
+
+
+def plan_workers(topology: Topology, mps: Collection[str] = ()) -> dict[WorkerName, WorkerSpec]:
     """Say which processes `topology`, which has passed `validate`, asks for.
 
-    A block that names no worker gets one of its own, named after the block.
+    A block that names no worker gets one of its own, named after the block. `mps` are the devices
+    whose workers run under MPS.
     """
     members: dict[WorkerName, list[BlockSpec]] = defaultdict(list)
     for name, block in sorted(topology.blocks.items()):
@@ -155,7 +175,7 @@ def plan_workers(topology: Topology) -> dict[WorkerName, WorkerSpec]:
         )
         members[WorkerName(block.worker or name)].append(spec)
     return {
-        worker: WorkerSpec(worker, blocks[0].device, tuple(blocks))
+        worker: WorkerSpec(worker, blocks[0].device, tuple(blocks), blocks[0].device in mps)
         for worker, blocks in sorted(members.items())
     }
 
@@ -198,6 +218,8 @@ def _replacement(old: WorkerSpec, new: WorkerSpec) -> str:
             before, after = getattr(was[name], setting), getattr(now[name], setting)
             if before != after:
                 changes.append(f"block {name}: {setting} {_brief(before)} → {_brief(after)}")
+    if old.mps != new.mps:
+        changes.append("under MPS" if new.mps else "without MPS")
     return f"replace worker {new.name} ({'; '.join(sorted(changes)) or 'as it is'})"
 
 
@@ -273,6 +295,10 @@ def _device_problems(topology: Topology, devices: Collection[str]) -> Iterator[s
         if block.device not in devices:
             there_are = ", ".join(sorted(devices)) or "none"
             yield f"block {name}: there is no device {block.device} here; there are: {there_are}"
+    for name in topology.devices:
+        if name not in devices:
+            there_are = ", ".join(sorted(devices)) or "none"
+            yield f"devices.{name}: there is no device {name} here; there are: {there_are}"
 
 
 def _worker_problems(topology: Topology) -> Iterator[str]:

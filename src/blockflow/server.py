@@ -20,11 +20,13 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from blockflow import mps_daemon
 from blockflow.access import read_token
 from blockflow.api import create_app
 from blockflow.child import LOG_FORMAT, start_logging
 from blockflow.controller import Controller
 from blockflow.errors import StartFailed
+from blockflow.mps import SUFFIX as MPS_SUFFIX
 from blockflow.options import ServeOptions
 from blockflow.state import State
 
@@ -219,7 +221,9 @@ def _new_run_directory(base: Path) -> tuple[Path, int]:
 
 def _clear(run_dir: Path) -> None:
     for left in run_dir.iterdir():
-        if left.suffix in _OURS and left.name != _LOCK:
+        if left.suffix == MPS_SUFFIX:
+            mps_daemon.clear(left)
+        elif left.suffix in _OURS and left.name != _LOCK:
             left.unlink(missing_ok=True)
 
 

@@ -8,14 +8,16 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from blockflow import protocol
+from blockflow.child import remove_cuda_leftovers
 from blockflow.errors import StartFailed
 from blockflow.protocol import Incarnation
 
@@ -82,6 +84,14 @@ class Child:
     def alive(self) -> bool:
         return not self._exited.done()
 
+    @property
+    def condemned(self) -> bool:
+        return self._verdict is not None
+
+    async def ended(self) -> None:
+        """Wait until its process has ended."""
+        await asyncio.shield(self._exited)
+
     async def command(self, body: protocol.Body, seconds: float = _COMMAND_TIMEOUT) -> None:
         """Have `body` carried out. Raises StartFailed when it fails, takes too long or dies."""
         sequence = next(self._sequences)
@@ -98,8 +108,10 @@ class Child:
         """Wait for its Hello. Raises StartFailed."""
         await self._unless_it_dies(self._greeted, seconds, "say hello")
 
-    async def stop(self, seconds: float) -> None:
-        """Ask it to end; kill it when it has not after `seconds`."""
+    async def stop(
+        self, seconds: float, before_kill: Callable[[], Awaitable[object]] | None = None
+    ) -> None:
+        """Ask it to end; kill it when it has not after `seconds`, and `before_kill` is done."""
         self.on_exit = None
         if self.alive:
             with contextlib.suppress(StartFailed):
@@ -109,6 +121,8 @@ class Child:
                     await asyncio.shield(self._exited)
             except TimeoutError:
                 log.warning("%s does not stop; killing it", self.name)
+                if before_kill is not None:
+                    await before_kill()
         await self.kill()
 
     async def kill(self) -> None:
@@ -163,6 +177,7 @@ class Child:
 
     async def _watch(self) -> str:
         status = await self._process.wait()
+        remove_cuda_leftovers(self.pid)
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         reason = self._verdict or f"its process ended with {how}"
         last_words = _last_lines(self._log_file, 1)
@@ -203,6 +218,7 @@ class Supervisor:
         *,
         seconds: float,
         pass_fds: Sequence[int] = (),
+        extra_environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Child:
         """Start `python -m module` and wait for its Hello. Raises StartFailed."""
         log_file = self._run_dir / f"{incarnation}.log"
@@ -225,6 +241,7 @@ class Supervisor:
             # sleep: with the default, of workers that take turns on the same cores, those that wait
             # keep the cores busy; not spinning at all costs a wake-up for every operation.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+            **extra_environment,
         }
         # Appended to, so that what follows a truncation begins at the file's start.
         with log_file.open("ab") as output:

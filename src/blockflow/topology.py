@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NewType
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from blockflow.errors import TopologyInvalid
 
@@ -33,6 +33,9 @@ _NESTED = "it is nested too deeply"
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 PortName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+
+
+GpuName = Annotated[str, Field(pattern=r"^cuda:(0|[1-9][0-9]{0,2})$")]
 
 
 class _Frozen(BaseModel):
@@ -87,6 +90,22 @@ class Pipeline(_Frozen):
     )
 
 
+class Gpu(_Frozen):
+    """How the workers of one GPU use it."""
+
+    mps: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="whether the GPU's workers run under NVIDIA MPS, side by side but without "
+        "isolation from each other's death; auto: when it has several and MPS can be had",
+    )
+
+    @field_validator("mps", mode="before")
+    @classmethod
+    def _as_written(cls, value: object) -> object:
+        # YAML reads a bare `on` as true.
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class Topology(_Frozen):
     """All blocks and pipelines that should exist; an empty one is valid and removes everything."""
 
@@ -95,6 +114,9 @@ class Topology(_Frozen):
     )
     blocks: dict[Name, Block] = Field(default_factory=dict)
     pipelines: dict[Name, Pipeline] = Field(default_factory=dict)
+    devices: dict[GpuName, Gpu] = Field(
+        default_factory=dict, description="settings of GPUs, by their names: cuda:<index>"
+    )
 
 
 def parse(source: str | bytes | Mapping[str, object]) -> Topology:
@@ -289,6 +311,7 @@ _EXPECTED = {
     "precision": "must be fp32, tf32, fp16 or bf16",
     "channels_last": "must be true or false",
     "cuda_graph": "must be true or false",
+    "mps": "must be auto, on or off",
     "store": "must be the path of a directory",
 }
 
@@ -296,6 +319,8 @@ _EXPECTED = {
 def _problem(kind: str, at: tuple[int | str, ...], detail: Mapping[str, Any]) -> str:
     """Say one of pydantic's findings in the words of the person who wrote the file."""
     value = detail["input"]
+    if at[-1] == "[key]" and at[0] == "devices":
+        return f"devices: {value!r} is no GPU: it must be cuda:<index>, such as cuda:0"
     if at[-1] == "[key]":
         return f"{at[0]}: {value!r} is no name: {_explain_name(value)}"
     path = ".".join(map(str, at[:3])) + "".join(f"[{index}]" for index in at[3:])
@@ -328,7 +353,8 @@ def _problem(kind: str, at: tuple[int | str, ...], detail: Mapping[str, Any]) ->
 def _model_of(setting: tuple[int | str, ...]) -> type[BaseModel]:
     if len(setting) == 1:
         return Topology
-    return Block if setting[0] == "blocks" else Pipeline
+    kinds: dict[object, type[BaseModel]] = {"blocks": Block, "pipelines": Pipeline, "devices": Gpu}
+    return kinds[setting[0]]
 
 
 def _explain_name(value: object) -> str:
