@@ -84,7 +84,7 @@ def test_a_dry_run_changes_nothing(http: Http, controller: FakeController) -> No
 def test_get_gives_back_what_was_put(http: Http) -> None:
     assert http("GET", "/v1/topology").json() == {
         "generation": 0,
-        "topology": {"store": None, "blocks": {}, "pipelines": {}},
+        "topology": {"store": None, "blocks": {}, "pipelines": {}, "devices": {}},
     }
     http.put_yaml(dump(WANTED))
     current = http("GET", "/v1/topology").json()
@@ -288,4 +288,5 @@ def test_the_api_describes_itself(http: Http) -> None:
         "store",
         "blocks",
         "pipelines",
+        "devices",
     }

@@ -99,7 +99,7 @@ extra: 1
             "pipelines.r.blocks: must name at least one block",
             "pipelines.s.blocks[0]: 1 is no name: it is read as a number; put it in quotes",
             f"pipelines.s.blocks[1]: 'a b' is no name: {name_rule}",
-            "extra: is not a known setting; known are store, blocks, pipelines",
+            "extra: is not a known setting; known are store, blocks, pipelines, devices",
         ]
     )
 
