@@ -405,23 +405,23 @@ def test_hostile_frames_are_counted_and_nothing_else(ends: tuple[Pull, Push, Pee
     stranger.setsockopt(zmq.LINGER, 0)
     stranger.connect(pull.endpoint)
     hello = wire.encode(wire.Hello(1, wire.Abilities(peer_process(), (Carrier.INLINE,))))
-    spec = wire.TensorSpec("x", "float32", (4,), 0)
+    spec = wire.Layout((wire.TensorSpec("x", "float32", (4,), 0),)).encoded
     offer = wire.Offer(1, Carrier.INLINE, 2, 256, wire.NoSlab())
     frames: list[list[bytes]] = [
         [b""],
         [b"x" * 100_000],
-        [wire.encode(wire.Deliver(1, 1, 0, (spec,)))],  # before Hello
+        [wire.encode(wire.Deliver(1, 1, 0, spec))],  # before Hello
         [hello],
         [hello],  # twice
-        [wire.encode(wire.Deliver(1, 1, 0, (spec,)))],  # before an offer
+        [wire.encode(wire.Deliver(1, 1, 0, spec))],  # before an offer
         [wire.encode(wire.Offer(1, Carrier.CUDA_IPC, 2, 256, wire.NoSlab()))],
         [wire.encode(offer)],
         [wire.encode(offer)],  # twice
-        [wire.encode(wire.Deliver(1, 1, 0, (spec,)))],  # no payload
-        [wire.encode(wire.Deliver(1, 1, 0, (spec,))), b"short"],
-        [wire.encode(wire.Deliver(2, 1, 0, (spec,))), bytes(16)],  # another epoch
-        [wire.encode(wire.Deliver(1, 1, 2, (spec,))), bytes(16)],  # no such slot
-        [wire.encode(wire.Deliver(1, 1, 0, (spec,))), bytes(16), b"three"],
+        [wire.encode(wire.Deliver(1, 1, 0, spec))],  # no payload
+        [wire.encode(wire.Deliver(1, 1, 0, spec)), b"short"],
+        [wire.encode(wire.Deliver(2, 1, 0, spec)), bytes(16)],  # another epoch
+        [wire.encode(wire.Deliver(1, 1, 2, spec)), bytes(16)],  # no such slot
+        [wire.encode(wire.Deliver(1, 1, 0, spec)), bytes(16), b"three"],
     ]
     for frame in frames:
         stranger.send_multipart(frame)

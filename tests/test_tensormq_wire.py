@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ specs = st.builds(
     name=st.text(max_size=8),
     dtype=st.sampled_from(sorted(wire.ITEMSIZE)),
     shape=st.lists(st.integers(0, 9), max_size=4).map(tuple),
-    offset=st.integers(0, 1 << 40),
+    offset=st.integers(0, 1 << 40).map(lambda n: n * wire.ALIGNMENT),
 )
 requests = st.builds(
     wire.Request,
@@ -35,7 +36,7 @@ delivers = st.builds(
     epoch=st.integers(0, 1 << 62),
     sequence=st.integers(1, 1 << 62),
     slot=st.integers(-1, 99),
-    tensors=st.lists(specs, max_size=3).map(tuple),
+    tensors=st.lists(specs, max_size=3).map(lambda found: wire.Layout(tuple(found)).encoded),
     requests=st.lists(requests, max_size=3).map(tuple),
     route=st.integers(0, 1 << 31),
     note=st.binary(max_size=20),
@@ -44,7 +45,12 @@ delivers = st.builds(
 
 @given(delivers)
 def test_a_descriptor_survives_the_wire(message: wire.Deliver) -> None:
-    assert wire.decode_to_consumer(wire.encode(message)) == message
+    found = wire.decode_to_consumer(wire.encode(message))
+    assert isinstance(found, wire.Deliver)
+    tensors = bytes(found.tensors)
+    assert tensors == bytes(message.tensors)
+    assert msgspec.structs.replace(found, tensors=message.tensors) == message
+    assert bytes(wire.parse_layout(tensors, 1 << 50).encoded) == tensors
 
 
 @pytest.mark.parametrize(
@@ -81,12 +87,13 @@ def test_damaged_descriptors_never_point_outside_the_slab(
     try:
         parsed = wire.decode_to_consumer(bytes(frame))
         if isinstance(parsed, wire.Deliver):
-            wire.check_descriptor(parsed, slots=4, slot_bytes=4096)
+            wire.check_descriptor(parsed, slots=4)
+            layout = wire.parse_layout(bytes(parsed.tensors), slot_bytes=4096)
     except ProtocolError:
         return
     if isinstance(parsed, wire.Deliver):
         assert 0 <= parsed.slot < 4
-        assert all(s.offset >= 0 and s.offset + s.nbytes <= 4096 for s in parsed.tensors)
+        assert all(s.offset >= 0 and s.offset + s.nbytes <= 4096 for s in layout.specs)
 
 
 def test_another_version_is_named() -> None:

@@ -24,7 +24,8 @@ from .errors import (
 )
 from .loop import Loop
 from .pull import Message, Pull
-from .push import ChannelStatistics, Filling, Peer, Push
+from .push import Filling, Peer, Push
+from .statistics import ChannelStatistics, Histogram
 from .wire import Carrier, Doorbell, Request, slot_size
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Doorbell",
     "EndpointError",
     "Filling",
+    "Histogram",
     "Loop",
     "Message",
     "NegotiationError",

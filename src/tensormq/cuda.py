@@ -215,8 +215,8 @@ class DeviceSlab:
             del self._consumers[peer]
             words.fill(self._side, self._sequence)
 
-    def writable(self, slot: int, specs: Iterable[wire.TensorSpec]) -> dict[str, torch.Tensor]:
-        """Tensors of a slot; what the current stream writes to them waits for their last use."""
+    def reuse(self, slot: int) -> None:
+        """What the current stream writes to `slot` from here on waits for its last use."""
         sequence, holders = self._last[slot]
         if holders:
             stream = torch.cuda.current_stream(self._device).cuda_stream
@@ -224,8 +224,9 @@ class DeviceSlab:
                 words = self._emptied.get(peer)
                 if words is not None:  # a peer that died uses nothing any more
                     words.wait(stream, slot, sequence)
-        base = self._base + slot * self._slot_bytes
-        return {spec.name: _view(self._memory, spec, base) for spec in specs}
+
+    def view(self, slot: int, spec: wire.TensorSpec) -> torch.Tensor:
+        return _view(self._memory, spec, self._base + slot * self._slot_bytes)
 
     def publish(self, slot: int, sequence: int, holders: Iterable[object]) -> None:
         """All that the current stream has been given so far belongs to the slot's content."""
@@ -271,13 +272,12 @@ class DeviceMapping:
             self.close()
             raise NegotiationError("the producer's GPU memory does not hold this channel's nonce")
 
-    def readable(
-        self, slot: int, sequence: int, specs: Iterable[wire.TensorSpec]
-    ) -> dict[str, torch.Tensor]:
-        """Tensors of a slot; what the current stream reads from them waits for their content."""
+    def expect(self, slot: int, sequence: int) -> None:
+        """What the current stream reads from `slot` from here on waits for its content."""
         self._filled.wait(torch.cuda.current_stream(self._device).cuda_stream, slot, sequence)
-        base = self._base + slot * self._slot_bytes
-        return {spec.name: _view(self._memory, spec, base) for spec in specs}
+
+    def view(self, slot: int, spec: wire.TensorSpec) -> torch.Tensor:
+        return _view(self._memory, spec, self._base + slot * self._slot_bytes)
 
     def release(self, slot: int, sequence: int) -> None:
         """The current stream's work so far was the last use of this slot."""

@@ -11,7 +11,7 @@ import fcntl
 import functools
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -29,6 +29,7 @@ Tensor: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 NumPy has no bfloat16 or float8: such tensors are arrays of their bits, uint16 or uint8.
 """
 
+_MAX_VIEWS = 4096
 _BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
 
@@ -129,6 +130,38 @@ class HostMapping:
         self.memory = memoryview(self._map)
         if self.memory[: wire.NONCE_BYTES] != nonce.to_bytes(wire.NONCE_BYTES, "little"):
             raise NegotiationError(f"{path} does not hold this channel's nonce")
+
+
+class Views:
+    """Tensors over the slots of one slab, made once for each slot and layout.
+
+    Making one costs several times as much as all else that a message needs of Python.
+    """
+
+    def __init__(self, make: Callable[[int, wire.TensorSpec], Any], numpy: bool) -> None:
+        self._make = make
+        self._numpy = numpy
+        self._known: dict[tuple[int, wire.Layout], list[tuple[str, Any]]] = {}
+
+    def own(self, slot: int, layout: wire.Layout) -> list[tuple[str, Any]]:
+        """Names and tensors, to be used and not to be given away."""
+        views = self._known.get((slot, layout))
+        if views is None:
+            if len(self._known) >= _MAX_VIEWS:
+                self._known.clear()
+            views = [(spec.name, self._make(slot, spec)) for spec in layout.specs]
+            self._known[slot, layout] = views
+        return views
+
+    def lend(self, slot: int, layout: wire.Layout) -> dict[str, Any]:
+        """The same for the application, which may change what a tensor object says of itself."""
+        if self._numpy:
+            return {name: view.view() for name, view in self.own(slot, layout)}
+        return {name: view.detach() for name, view in self.own(slot, layout)}
+
+    def close(self) -> None:
+        """Forget the tensors, which keep the slab mapped."""
+        self._known.clear()
 
 
 def copy_bytes(tensors: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -43,6 +43,10 @@ class SlotPool:
     def leased(self) -> int:
         return sum(state is SlotState.LEASED for state in self._states)
 
+    def held(self, holder: Hashable) -> int:
+        """How many slots are leased to `holder`."""
+        return sum(holder in holders for holders in self._holders)
+
     def state(self, slot: int) -> SlotState:
         return self._states[slot]
 

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_CHANNELS = 1024
+_MAX_LAYOUTS = 256
 
 
 class Message:
@@ -45,6 +47,7 @@ class Message:
 
     __slots__ = (
         "_channel",
+        "_hop",
         "_released",
         "_sequence",
         "_slot",
@@ -65,6 +68,7 @@ class Message:
         self._slot = descriptor.slot
         self._sequence = descriptor.sequence
         self._released = False
+        self._hop = channel.since(descriptor.sent)
 
     @property
     def carrier(self) -> Carrier:
@@ -76,7 +80,7 @@ class Message:
             self._released = True
             self.tensors = {}
             if self._slot >= 0:
-                self._channel.release(self._slot, self._sequence)
+                self._channel.release(self._slot, self._sequence, self._hop)
 
     def __enter__(self) -> Self:
         return self
@@ -111,6 +115,9 @@ class _Channel:
         self._pinned: PinnedMemory | None = None
         # For each slot the last message that the application's streams wait for.
         self._taken: dict[int, int] = {}
+        self._views: host.Views | None = None
+        self._layouts: dict[bytes, wire.Layout] = {}
+        self._one_clock = hello.abilities.process.host == pull._abilities.process.host
 
     def map(self, offer: wire.Offer) -> None:
         """Map the producer's slab. Raises NegotiationError when that cannot be done."""
@@ -119,11 +126,13 @@ class _Channel:
                 _expect(slab.size, wire.HEADER_BYTES + offer.slots * offer.slot_bytes)
                 self._host = host.HostMapping(self.abilities.process, offer.nonce, slab)
                 self._pinned = self.pull._pin(self._host.memory)
+                self._views = self.pull._host_views(self._host.memory, offer.slot_bytes)
             case wire.DeviceSlab() as slab if offer.carrier is Carrier.CUDA_IPC:
                 _expect(slab.size, wire.device_slab_size(offer.slots, offer.slot_bytes))
                 if not 0 <= slab.consumer < wire.CONSUMERS:
                     raise NegotiationError(f"there is no consumer {slab.consumer} of a slab")
                 self._device = self.pull._open(offer, slab)
+                self._views = host.Views(self._device.view, numpy=False)
             case wire.NoSlab() if offer.carrier is Carrier.INLINE:
                 pass
             case _:
@@ -133,35 +142,50 @@ class _Channel:
         self.slot_bytes = offer.slot_bytes
         self.open = True
 
-    def tensors(self, descriptor: wire.Deliver, payload: memoryview | None) -> dict[str, Any]:
-        if not descriptor.tensors:
-            return {}
-        if self._device is not None:
-            slot, sequence = descriptor.slot, descriptor.sequence
-            self._taken[slot] = sequence
-            return self._device.readable(slot, sequence, descriptor.tensors)
-        if self._host is not None:
-            memory = self._host.memory
-            base = wire.HEADER_BYTES + descriptor.slot * self.slot_bytes
-        elif payload is not None:
-            memory, base = payload, 0
-        else:
-            raise ProtocolError("a descriptor without the bytes it describes")
-        return self.pull._views(memory, descriptor.tensors, base)
+    def layout(self, encoded: bytes) -> wire.Layout:
+        """The layout that a descriptor names, checked. Raises ProtocolError."""
+        layout = self._layouts.get(encoded)
+        if layout is None:
+            layout = wire.parse_layout(encoded, self.slot_bytes)
+            if len(self._layouts) >= _MAX_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[encoded] = layout
+        return layout
 
-    def release(self, slot: int, sequence: int) -> None:
+    def tensors(
+        self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
+    ) -> dict[str, Any]:
+        if not layout.specs:
+            return {}
+        slot = descriptor.slot
+        if self._device is not None:
+            self._taken[slot] = descriptor.sequence
+            self._device.expect(slot, descriptor.sequence)
+        if self._views is not None:
+            return self._views.lend(slot, layout)
+        if payload is None:
+            raise ProtocolError("a descriptor without the bytes it describes")
+        return {spec.name: self.pull._view(payload, spec, 0) for spec in layout.specs}
+
+    def since(self, sent: int) -> int:
+        """Nanoseconds since a message was sent; 0 where that cannot be known."""
+        if not sent or not self._one_clock:
+            return 0
+        return max(0, time.monotonic_ns() - sent) & (wire.LONGEST_HOP - 1)
+
+    def release(self, slot: int, sequence: int, hop: int) -> None:
         if self._device is not None:
             self._device.release(slot, sequence)
-            self._give_back(slot, sequence)
+            self._give_back(slot, sequence, hop)
         elif self._pinned is not None:
             # The GPU may still be copying from the slot.
-            self.pull._after_gpu(lambda: self._give_back(slot, sequence))
+            self.pull._after_gpu(lambda: self._give_back(slot, sequence, hop))
         else:
-            self._give_back(slot, sequence)
+            self._give_back(slot, sequence, hop)
 
-    def _give_back(self, slot: int, sequence: int) -> None:
+    def _give_back(self, slot: int, sequence: int, hop: int) -> None:
         self.leases -= 1
-        self.pull._give_back(self, slot, sequence)
+        self.pull._give_back(self, wire.Release(self.epoch, sequence, slot, hop))
         if self.ending and not self.leases:
             self.pull._end(self)
 
@@ -174,8 +198,8 @@ class _Channel:
         if self._device is None:
             return set(), {}
         complete = self._device.filled()
-        announced = [d for channel, d, _ in self.pull._inbox if channel is self]
-        untaken = {d.sequence for d in announced if d.tensors and complete[d.slot] < d.sequence}
+        announced = [d for channel, d, _, _ in self.pull._inbox if channel is self and d.slot >= 0]
+        untaken = {d.sequence for d in announced if complete[d.slot] < d.sequence}
         taken = {slot: last for slot, last in self._taken.items() if complete[slot] < last}
         return untaken, taken
 
@@ -193,6 +217,9 @@ class _Channel:
             self._device.close()
             self._device = None
         self._host = None
+        if self._views is not None:
+            self._views.close()
+            self._views = None
         self.open = False
 
 
@@ -232,7 +259,7 @@ class Pull:
         self._owns_loop = loop is None
         self._rings = doorbell is Doorbell.RING and ring.supported()
         self._channels: dict[bytes, _Channel] = {}
-        self._inbox: deque[tuple[_Channel, wire.Deliver, memoryview | None]] = deque()
+        self._inbox: deque[tuple[_Channel, wire.Deliver, wire.Layout, memoryview | None]] = deque()
         self._completions: Completions | None = None
         self._closed = False
         self.rejected = 0
@@ -257,7 +284,7 @@ class Pull:
 
     def recv(self, timeout: float | None = None) -> Message:
         """The next message, in the order of arrival. Raises Timeout after `timeout` seconds."""
-        if not self._loop.run_until(lambda: bool(self._inbox), timeout):
+        if not self._inbox and not self._loop.run_until(lambda: bool(self._inbox), timeout):
             raise Timeout(f"no message at {self.endpoint} within {timeout} s")
         return self._take()
 
@@ -267,8 +294,8 @@ class Pull:
 
     def _take(self) -> Message:
         # Only now does the current stream wait for the content: work on earlier messages must not.
-        channel, descriptor, payload = self._inbox.popleft()
-        return Message(channel, descriptor, channel.tensors(descriptor, payload))
+        channel, descriptor, layout, payload = self._inbox.popleft()
+        return Message(channel, descriptor, channel.tensors(descriptor, layout, payload))
 
     @property
     def waiting(self) -> int:
@@ -339,23 +366,26 @@ class Pull:
             case wire.Offer():
                 self._consider(channel, message)
             case wire.Deliver():
-                if not channel.open or message.epoch != channel.epoch or channel.ending:
-                    raise ProtocolError("a descriptor of a channel that is not open")
-                if message.tensors:
-                    wire.check_descriptor(message, channel.slots, channel.slot_bytes)
-                    last = max(spec.offset + spec.nbytes for spec in message.tensors)
-                    if channel.carrier is Carrier.INLINE and (
-                        payload is None or payload.nbytes < last
-                    ):
-                        raise ProtocolError("a descriptor without all the bytes it describes")
-                    channel.leases += 1
-                elif message.slot != -1:
-                    raise ProtocolError("a slot without tensors")
-                self._inbox.append((channel, message, payload))
+                self._accept(channel, message, payload)
             case wire.Bye():
                 channel.ending = True
                 if not channel.leases:
                     self._end(channel)
+
+    def _accept(self, channel: _Channel, message: wire.Deliver, payload: memoryview | None) -> None:
+        if not channel.open or message.epoch != channel.epoch or channel.ending:
+            raise ProtocolError("a descriptor of a channel that is not open")
+        layout = channel.layout(bytes(message.tensors))
+        if layout.specs:
+            wire.check_descriptor(message, channel.slots)
+            if channel.carrier is Carrier.INLINE and (
+                payload is None or payload.nbytes < layout.end
+            ):
+                raise ProtocolError("a descriptor without all the bytes it describes")
+            channel.leases += 1
+        elif message.slot != -1:
+            raise ProtocolError("a slot without tensors")
+        self._inbox.append((channel, message, layout, payload))
 
     def _greet(self, sender: bytes, hello: wire.Hello) -> None:
         if len(self._channels) >= _MAX_CHANNELS:
@@ -445,8 +475,7 @@ class Pull:
             channel.line.close()
             channel.line = None
 
-    def _give_back(self, channel: _Channel, slot: int, sequence: int) -> None:
-        release = wire.Release(channel.epoch, sequence, slot)
+    def _give_back(self, channel: _Channel, release: wire.Release) -> None:
         self._loop.stir()
         if channel.line is not None:
             try:
@@ -463,11 +492,15 @@ class Pull:
 
     # Memory
 
-    def _views(
-        self, memory: memoryview, specs: Sequence[wire.TensorSpec], base: int
-    ) -> dict[str, Any]:
+    def _view(self, memory: memoryview, spec: wire.TensorSpec, base: int) -> Any:
         view = host.numpy_view if self._device is None else host.torch_view
-        return {spec.name: view(memory, spec, base) for spec in specs}
+        return view(memory, spec, base)
+
+    def _host_views(self, memory: memoryview, slot_bytes: int) -> host.Views:
+        def make(slot: int, spec: wire.TensorSpec) -> Any:
+            return self._view(memory, spec, wire.HEADER_BYTES + slot * slot_bytes)
+
+        return host.Views(make, numpy=self._device is None)
 
     def _pin(self, memory: memoryview) -> PinnedMemory | None:
         if not self._gpu:

@@ -8,9 +8,9 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import zmq
 
@@ -30,6 +30,7 @@ from .loop import Loop
 from .pool import SlotPool
 from .process import open_pidfd
 from .ring import Line, Rings
+from .statistics import ChannelStatistics
 from .wire import Carrier, Doorbell, Request
 
 if TYPE_CHECKING:
@@ -37,18 +38,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MAX_LAYOUTS = 256
 
-@dataclass
-class ChannelStatistics:
-    """One channel, as its producer counts it. `host_bytes` went through host memory."""
-
-    endpoint: str
-    carrier: Carrier
-    doorbell: Doorbell = Doorbell.ZEROMQ
-    messages: int = 0
-    bytes: int = 0
-    host_bytes: int = 0
-    waits_for_credit: int = 0
+_Extras: TypeAlias = tuple[tuple[Request, ...], int, bytes]
+"""Requests, route and note: what a descriptor carries for the application."""
 
 
 class Peer:
@@ -77,8 +70,10 @@ class _Lane:
         slab: host.HostSlab | host.InlineSlab | DeviceSlab,
         slots: int,
         nonce: int,
+        views: host.Views,
     ) -> None:
         self.slab = slab
+        self.views = views
         self.nonce = nonce
         self.pinned: PinnedMemory | None = None
         self.pool = SlotPool(slots)
@@ -87,6 +82,7 @@ class _Lane:
     def close(self) -> None:
         if self.pinned is not None:
             self.pinned.close()
+        self.views.close()
         self.slab.close()
 
 
@@ -95,7 +91,7 @@ class Filling:
     """A slot to write into: `tensors` are views of it. Send it, or abandon it."""
 
     tensors: dict[str, Any]
-    _specs: tuple[wire.TensorSpec, ...]
+    _layout: wire.Layout
     _lane: _Lane
     _slot: int
     _done: bool = False
@@ -137,6 +133,7 @@ class Push:
         self._owns_loop = loop is None
         self._rings = doorbell is Doorbell.RING and ring.supported()
         self._lanes: dict[Carrier, _Lane] = {}
+        self._layouts: dict[object, wire.Layout] = {}
         self._peers: list[Peer] = []
         self._sequence = 0
         self._deferred = 0
@@ -261,12 +258,15 @@ class Push:
             from .cuda import DeviceSlab  # noqa: PLC0415
 
             slab = DeviceSlab(nonce, self._slots, self._slot_bytes, str(self._device))
-            return _Lane(slab, self._slots, nonce)
+            return _Lane(slab, self._slots, nonce, host.Views(slab.view, numpy=False))
         if carrier is Carrier.SHM:
             slab = host.HostSlab(nonce, self._slots, self._slot_bytes)
         else:
             slab = host.InlineSlab(self._slots, self._slot_bytes)
-        return _Lane(slab, self._slots, nonce)
+        numpy = self._device is None
+        view = host.numpy_view if numpy else host.torch_view
+        views = host.Views(lambda slot, spec: view(slab.memory, spec, slab.base(slot)), numpy)
+        return _Lane(slab, self._slots, nonce, views)
 
     # Sending
 
@@ -283,13 +283,16 @@ class Push:
         Timeout.
         """
         peers = _peers(to)
-        lanes = {id(self._live(peer)): self._live(peer) for peer in peers}
-        if len(lanes) != 1:
+        lane = self._live(peers[0])
+        if any(self._live(peer) is not lane for peer in peers[1:]):
             raise UnsupportedTensor("a slot can only be allocated for peers of one carrier")
-        (lane,) = lanes.values()
-        specs = wire.lay_out(tensors, self._slot_bytes)
+        key = tuple((name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items())
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._learn(key, tensors)
         slot = self._acquire(lane, peers, timeout)
-        return Filling(self._writable(lane, slot, specs), specs, lane, slot)
+        self._prepare(lane, slot)
+        return Filling(lane.views.lend(slot, layout), layout, lane, slot)
 
     def send(
         self,
@@ -309,40 +312,50 @@ class Push:
         is sent, PeerLost, Timeout.
         """
         peers = _peers(to)
-        requests = tuple(requests)
+        extras = tuple(requests), route, note
         if isinstance(tensors, Filling):
             if tensors._done:
                 raise ValueError("this Filling was sent or abandoned before; allocate another")
             if any(self._live(peer) is not tensors._lane for peer in peers):
                 raise ValueError("a Filling can only be sent to peers that it was allocated for")
             tensors._done = True
-            self._post(tensors._lane, tensors._slot, tensors._specs, peers, requests, route, note)
+            self._post(tensors._lane, tensors._slot, tensors._layout, peers, extras)
             return
         if not tensors:
             for peer in peers:
                 self._live(peer)
-            deliver = [wire.Deliver(p.epoch, 0, -1, (), requests, route, note) for p in peers]
-            frames = [_descriptor(message) for message in deliver]
-            for peer, frame in zip(peers, frames, strict=True):
+            for peer, frame in self._descriptors(peers, 0, -1, wire.NO_TENSORS, extras):
                 self._hand(peer, frame)
             return
-        specs = wire.lay_out({n: host.describe(t) for n, t in tensors.items()}, self._slot_bytes)
-        groups: dict[int, tuple[_Lane, list[Peer]]] = {}
+        key = tuple([(name, t.dtype, t.shape) for name, t in tensors.items()])
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._learn(key, {n: host.describe(t) for n, t in tensors.items()})
+        groups: dict[_Lane, list[Peer]] = {}
         for peer in peers:
-            lane = self._live(peer)
-            groups.setdefault(id(lane), (lane, []))[1].append(peer)
+            groups.setdefault(self._live(peer), []).append(peer)
         slots: list[tuple[_Lane, list[Peer], int]] = []
         try:
-            for lane, members in groups.values():
+            for lane, members in groups.items():
                 slots.append((lane, members, self._acquire(lane, members, timeout)))
             for lane, _, slot in slots:
-                self._fill(self._writable(lane, slot, specs), tensors)
+                self._prepare(lane, slot)
+                self._fill(lane.views.own(slot, layout), tensors)
         except BaseException:
             for lane, _, slot in slots:
                 lane.pool.abandon(slot)
             raise
         for lane, members, slot in slots:
-            self._post(lane, slot, specs, members, requests, route, note)
+            self._post(lane, slot, layout, members, extras)
+
+    def _learn(
+        self, key: object, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    ) -> wire.Layout:
+        """Lay out tensors that were never sent before."""
+        if len(self._layouts) >= _MAX_LAYOUTS:
+            self._layouts.clear()
+        layout = self._layouts[key] = wire.Layout(wire.lay_out(tensors, self._slot_bytes))
+        return layout
 
     def _live(self, peer: Peer) -> _Lane:
         if peer.lost is not None or peer._lane is None:
@@ -363,36 +376,56 @@ class Push:
                 raise AssertionError("a free slot vanished within one thread")
         return slot
 
-    def _writable(
-        self, lane: _Lane, slot: int, specs: tuple[wire.TensorSpec, ...]
-    ) -> dict[str, Any]:
-        slab = lane.slab
-        if slab.carrier is Carrier.CUDA_IPC:
-            return dict(_device_slab(lane).writable(slot, specs))
-        view = host.numpy_view if self._device is None else host.torch_view
-        memory, base = _host_slab(lane).memory, _host_slab(lane).base(slot)
-        if self._gpu and lane.pinned is None:
+    def _prepare(self, lane: _Lane, slot: int) -> None:
+        """Make sure that what is written to `slot` from here on disturbs nobody."""
+        if lane.slab.carrier is Carrier.CUDA_IPC:
+            _device_slab(lane).reuse(slot)
+        elif self._gpu and lane.pinned is None:
             from .cuda import PinnedMemory  # noqa: PLC0415
 
-            lane.pinned = PinnedMemory(memory)
-        return {spec.name: view(memory, spec, base) for spec in specs}
+            lane.pinned = PinnedMemory(_host_slab(lane).memory)
 
-    def _fill(self, views: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def _fill(self, views: list[tuple[str, Any]], tensors: Mapping[str, Tensor]) -> None:
         if self._gpu:
-            for name, view in views.items():
+            for name, view in views:
                 view.copy_(tensors[name], non_blocking=True)
         else:
-            host.copy_bytes([(view, tensors[name]) for name, view in views.items()])
+            host.copy_bytes([(view, tensors[name]) for name, view in views])
+
+    def _descriptors(
+        self,
+        peers: Sequence[Peer],
+        sequence: int,
+        slot: int,
+        layout: wire.Layout,
+        extras: _Extras,
+    ) -> list[tuple[Peer, bytes]]:
+        """What to say to each of `peers`. Raises TensorTooLarge."""
+        requests, route, note = extras
+        sent = time.monotonic_ns()
+        frames = []
+        for peer in peers:
+            frame = wire.encode(
+                wire.Deliver(
+                    peer.epoch, sequence, slot, layout.encoded, requests, route, note, sent
+                )
+            )
+            if len(frame) > wire.MAX_FRAME:
+                raise TensorTooLarge(
+                    f"the descriptor has {len(frame)} bytes and may have {wire.MAX_FRAME}: "
+                    f"shorten the note ({len(note)} bytes) or send fewer of the {len(requests)} "
+                    "requests at once"
+                )
+            frames.append((peer, frame))
+        return frames
 
     def _post(
         self,
         lane: _Lane,
         slot: int,
-        specs: tuple[wire.TensorSpec, ...],
+        layout: wire.Layout,
         peers: Sequence[Peer],
-        requests: tuple[Request, ...],
-        route: int,
-        note: bytes,
+        extras: _Extras,
     ) -> None:
         alive = [peer for peer in peers if peer.lost is None]
         if not alive:
@@ -401,42 +434,38 @@ class Push:
         self._sequence += 1
         sequence = self._sequence
         try:
-            frames = [
-                _descriptor(wire.Deliver(peer.epoch, sequence, slot, specs, requests, route, note))
-                for peer in alive
-            ]
+            frames = self._descriptors(alive, sequence, slot, layout, extras)
         except TensorTooLarge:
             lane.pool.abandon(slot)
             raise
         lane.sequences[slot] = sequence
         lane.pool.lease(slot, alive)
-        payload: list[memoryview] = []
         if lane.slab.carrier is Carrier.CUDA_IPC:
             _device_slab(lane).publish(slot, sequence, alive)
-        elif lane.slab.carrier is Carrier.INLINE:
-            base = _host_slab(lane).base(slot)
-            end = base + max(spec.offset + spec.nbytes for spec in specs)
-            payload = [_host_slab(lane).memory[base:end]]
-        size = sum(spec.nbytes for spec in specs)
-
-        def announce() -> None:
-            for peer, frame in zip(alive, frames, strict=True):
-                if peer.lost is not None:
-                    continue  # its leases came back when it was lost
-                peer.statistics.messages += 1
-                peer.statistics.bytes += size
-                if lane.slab.carrier is not Carrier.CUDA_IPC:
-                    peer.statistics.host_bytes += size
-                # The slot stays leased until the consumer has the bytes: no need to copy them.
-                if payload:
-                    self._say(peer, [frame, *payload], copy=False)
-                else:
-                    self._hand(peer, frame)
-
         if self._gpu and lane.slab.carrier is not Carrier.CUDA_IPC:
-            self._after_gpu(announce)
+            self._after_gpu(lambda: self._announce(lane, slot, layout, frames))
         else:
-            announce()
+            self._announce(lane, slot, layout, frames)
+
+    def _announce(
+        self, lane: _Lane, slot: int, layout: wire.Layout, frames: list[tuple[Peer, bytes]]
+    ) -> None:
+        carrier = lane.slab.carrier
+        for peer, frame in frames:
+            if peer.lost is not None:
+                continue  # its leases came back when it was lost
+            statistics = peer.statistics
+            statistics.messages += 1
+            statistics.bytes += layout.nbytes
+            if carrier is not Carrier.CUDA_IPC:
+                statistics.host_bytes += layout.nbytes
+            if carrier is Carrier.INLINE:
+                slab = _host_slab(lane)
+                base = slab.base(slot)
+                # The slot stays leased until the consumer has the bytes: no need to copy them.
+                self._say(peer, [frame, slab.memory[base : base + layout.end]], copy=False)
+            else:
+                self._hand(peer, frame)
 
     def _after_gpu(self, announce: Callable[[], None]) -> None:
         """Announce tensors in host memory once the GPU has copied them there."""
@@ -517,18 +546,24 @@ class Push:
                 if peer._lane is not None:
                     raise ProtocolError("a handshake message in the middle of a channel")
                 peer._answers.append(message)
-            case wire.Release(epoch=epoch, sequence=sequence, slot=slot):
-                lane = peer._lane
-                if lane is None or epoch != peer.epoch:
-                    raise ProtocolError("a release of another epoch")
-                if not 0 <= slot < self._slots or lane.sequences[slot] != sequence:
-                    raise ProtocolError(f"a release of slot {slot}, which holds something else")
-                try:
-                    lane.pool.release(slot, peer)
-                except KeyError as error:
-                    raise ProtocolError(str(error)) from None
+            case wire.Release():
+                self._take_back(peer, message)
             case wire.Bye():
                 self._lose(peer, "it closed its end")
+
+    def _take_back(self, peer: Peer, release: wire.Release) -> None:
+        lane = peer._lane
+        slot = release.slot
+        if lane is None or release.epoch != peer.epoch:
+            raise ProtocolError("a release of another epoch")
+        if not 0 <= slot < self._slots or lane.sequences[slot] != release.sequence:
+            raise ProtocolError(f"a release of slot {slot}, which holds something else")
+        try:
+            lane.pool.release(slot, peer)
+        except KeyError as error:
+            raise ProtocolError(str(error)) from None
+        if 0 < release.hop < wire.LONGEST_HOP:
+            peer.statistics.hops.add(release.hop)
 
     def _lose(self, peer: Peer, why: str) -> None:
         if peer.lost is not None:
@@ -589,7 +624,11 @@ class Push:
         return sum(lane.pool.leased for lane in self._lanes.values())
 
     def statistics(self) -> tuple[ChannelStatistics, ...]:
-        return tuple(peer.statistics for peer in self._peers)
+        return tuple(
+            replace(peer.statistics, slots_free=lane.pool.free, slots_leased=lane.pool.held(peer))
+            for peer in self._peers
+            if (lane := peer._lane) is not None
+        )
 
     def _settle(self) -> None:
         """Announce what waits for the GPU, so that a Bye does not overtake it."""
@@ -627,17 +666,6 @@ def _peers(to: Peer | Sequence[Peer]) -> Sequence[Peer]:
     if not peers:
         raise ValueError("a message needs at least one peer to go to")
     return peers
-
-
-def _descriptor(message: wire.Deliver) -> bytes:
-    frame = wire.encode(message)
-    if len(frame) > wire.MAX_FRAME:
-        raise TensorTooLarge(
-            f"the descriptor has {len(frame)} bytes and may have {wire.MAX_FRAME}: shorten the "
-            f"note ({len(message.note)} bytes) or send fewer of the {len(message.requests)} "
-            "requests at once"
-        )
-    return frame
 
 
 def _device_slab(lane: _Lane) -> DeviceSlab:

@@ -41,6 +41,9 @@ CONSUMERS = 64
 ALIGNMENT = 256
 """Bytes at whose multiples tensors start in a slot: what cudaMalloc and vector loads like."""
 
+LONGEST_HOP = 1 << 62
+"""Nanoseconds beyond which nobody believes a `Release.hop`."""
+
 NONCE_BYTES = 8
 HEADER_BYTES = 4096
 """A slab begins with a page that holds a nonce, so that a mapping can be verified."""
@@ -215,22 +218,28 @@ class Decline(_Frozen, frozen=True, tag="decline"):
 class Deliver(_Frozen, frozen=True, tag="deliver"):
     """The descriptor: which slot, which tensors, which requests, which route.
 
-    `route` and `note` belong to the application; TensorMQ carries them unread.
+    `tensors` is a `Layout`, encoded: most messages of a channel have the same, and are spared its
+    decoding and checking. `route` and `note` belong to the application; TensorMQ carries them
+    unread. `sent` is nanoseconds of CLOCK_MONOTONIC.
     """
 
     epoch: int
     sequence: int
     slot: int
-    tensors: tuple[TensorSpec, ...]
+    tensors: msgspec.Raw
     requests: tuple[Request, ...] = ()
     route: int = 0
     note: bytes = b""
+    sent: int = 0
 
 
 class Release(_Frozen, frozen=True, tag="release"):
+    """`hop`: nanoseconds from `Deliver.sent` until the message was taken; 0 where unknown."""
+
     epoch: int
     sequence: int
     slot: int
+    hop: int = 0
 
 
 class Bye(_Frozen, frozen=True, tag="bye"):
@@ -241,6 +250,8 @@ ToConsumer: TypeAlias = Hello | Offer | Deliver | Bye
 ToProducer: TypeAlias = Card | Welcome | Decline | Release | Bye
 
 _encoder = msgspec.msgpack.Encoder()
+_layouts: msgspec.msgpack.Decoder[tuple[TensorSpec, ...]]
+_layouts = msgspec.msgpack.Decoder(tuple[TensorSpec, ...])
 _to_consumer: msgspec.msgpack.Decoder[ToConsumer] = msgspec.msgpack.Decoder(ToConsumer)
 _to_producer: msgspec.msgpack.Decoder[ToProducer] = msgspec.msgpack.Decoder(ToProducer)
 
@@ -316,13 +327,28 @@ def device_slab_size(slots: int, slot_bytes: int) -> int:
     return HEADER_BYTES + -(-words // HEADER_BYTES) * HEADER_BYTES + slots * slot_bytes
 
 
-def check_descriptor(message: Deliver, slots: int, slot_bytes: int) -> None:
-    """Refuse a descriptor that points outside its slab. Raises ProtocolError."""
-    if not 0 <= message.slot < slots:
-        raise ProtocolError(f"slot {message.slot} does not exist: the slab has {slots}")
-    if not 0 < message.sequence < 1 << 63:
-        raise ProtocolError(f"the sequence number {message.sequence} does not exist")
-    for spec in message.tensors:
+class Layout:
+    """Which tensors lie where in a slot; equal to no other, so that views can be kept by it."""
+
+    __slots__ = ("encoded", "end", "nbytes", "specs")
+
+    def __init__(self, specs: tuple[TensorSpec, ...]) -> None:
+        self.specs = specs
+        self.encoded = msgspec.Raw(_encoder.encode(specs))
+        self.nbytes = sum(spec.nbytes for spec in specs)
+        self.end = max((spec.offset + spec.nbytes for spec in specs), default=0)
+
+
+NO_TENSORS = Layout(())
+
+
+def parse_layout(encoded: bytes, slot_bytes: int) -> Layout:
+    """The tensors of a descriptor. Raises ProtocolError when they are not all in their slot."""
+    try:
+        specs = _layouts.decode(encoded)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a list of tensors: {error}") from None
+    for spec in specs:
         if spec.dtype not in ITEMSIZE:
             raise ProtocolError(f"tensor {spec.name!r} has an unknown dtype {spec.dtype!r}")
         if any(size < 0 for size in spec.shape) or len(spec.shape) > 64:
@@ -331,6 +357,15 @@ def check_descriptor(message: Deliver, slots: int, slot_bytes: int) -> None:
             raise ProtocolError(f"tensor {spec.name!r} starts at {spec.offset}, not aligned")
         if spec.offset + spec.nbytes > slot_bytes:
             raise ProtocolError(f"tensor {spec.name!r} reaches beyond its slot")
+    return Layout(specs)
+
+
+def check_descriptor(message: Deliver, slots: int) -> None:
+    """Refuse a slot or a sequence number that cannot be. Raises ProtocolError."""
+    if not 0 <= message.slot < slots:
+        raise ProtocolError(f"slot {message.slot} does not exist: the slab has {slots}")
+    if not 0 < message.sequence < 1 << 63:
+        raise ProtocolError(f"the sequence number {message.sequence} does not exist")
 
 
 def candidates(
