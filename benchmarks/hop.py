@@ -8,8 +8,11 @@ synchronisation). Both processes read CLOCK_MONOTONIC, which all processes of a 
 message is under way at a time. The variants take turns, so that a slow moment of the machine meets
 all of them.
 
-    tensormq            push.send(tensor): one copy into a slot
+    tensormq            push.send(tensor): one copy into a slot; ring, and the receiver spins
     tensormq, in place  the sender computed into push.allocate(): no copy
+    ... parked          the same, to a receiver that sleeps until a byte comes through a pipe
+    ... zeromq          through the socket, to a receiver that sleeps
+    ... zeromq spinning through the socket, to a receiver that asks it again and again
     pickled             device → host → pickle → ZeroMQ → unpickle → host → device
     raw frames          the same without pickle
     handle per message  torch's reductions: a new handle for each tensor, over ZeroMQ
@@ -37,7 +40,7 @@ import zmq
 from rich.console import Console
 from rich.table import Table
 
-from tensormq import Loop, Peer, Pull, Push
+from tensormq import Doorbell, Loop, Peer, Pull, Push
 
 Received = tuple[float, torch.Tensor, Callable[[], None]]
 
@@ -139,19 +142,32 @@ class TorchQueue:
 
 
 class TensorMq:
-    name = "tensormq"
+    kind = "tensormq"
 
-    def __init__(self, directory: Path, device: str, largest: int) -> None:
-        self.endpoint = f"ipc://{directory}/{type(self).__name__}.sock"
+    def __init__(
+        self,
+        directory: Path,
+        device: str,
+        largest: int,
+        how: str = "",
+        doorbell: Doorbell = Doorbell.RING,
+        spin: float = 1.0,
+    ) -> None:
+        self.name = f"{self.kind}, {how}" if how else self.kind
+        self.endpoint = f"ipc://{directory}/{self.name.replace(', ', '-').replace(' ', '-')}"
         self.device = device
         self.largest = largest
+        self.doorbell = doorbell
+        self.spin = spin
 
     def open_sender(self) -> None:
-        self.push = Push(slots=4, slot_bytes=self.largest, device=self.device)
+        self.push = Push(
+            slots=4, slot_bytes=self.largest, device=self.device, doorbell=self.doorbell
+        )
         self.peer: Peer = self.push.connect(self.endpoint, timeout=60)
 
     def open_receiver(self) -> None:
-        self.loop = Loop()
+        self.loop = Loop(spin=self.spin)
         self.pull = Pull(self.endpoint, device=self.device, loop=self.loop)
 
     def prepare(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -170,10 +186,11 @@ class TensorMq:
             self.push.close()
         if hasattr(self, "pull"):
             self.pull.close()
+            self.loop.close()
 
 
 class TensorMqInPlace(TensorMq):
-    name = "tensormq, in place"
+    kind = "tensormq, in place"
 
     def prepare(self, tensor: torch.Tensor) -> Any:
         filling = self.push.allocate(
@@ -243,6 +260,9 @@ def main() -> None:
     variants: list[Any] = [
         TensorMq(directory, device, largest),
         TensorMqInPlace(directory, device, largest),
+        TensorMqInPlace(directory, device, largest, "parked", spin=0),
+        TensorMqInPlace(directory, device, largest, "zeromq", Doorbell.ZEROMQ, spin=0),
+        TensorMqInPlace(directory, device, largest, "zeromq spinning", Doorbell.ZEROMQ),
         Pickled(directory, device),
         RawFrames(directory, device),
         HandlePerMessage(directory, device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -13,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 import zmq
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tensormq import (
     Carrier,
     Doorbell,
     EndpointError,
+    Histogram,
     Loop,
     NegotiationError,
     Peer,
@@ -163,6 +167,60 @@ def test_tensors_are_not_copied_by_the_carrier(ends: tuple[Pull, Push, Peer]) ->
     with pull.recv(timeout=1) as message:
         filling.tensors["x"][2] = 9.0  # seen by the consumer: it is the same memory
         assert message.tensors["x"].tolist() == [1.0, 1.0, 9.0, 1.0]
+
+
+def test_a_slot_remembers_neither_gradients_nor_inference_mode(run_dir: Path) -> None:
+    with (
+        Loop() as loop,
+        Pull(f"ipc://{run_dir}/x.sock", device="cpu", loop=loop) as pull,
+        Push(slots=1, slot_bytes=256, device="cpu", loop=loop) as push,
+    ):
+        peer = push.connect(pull.endpoint)
+
+        def there_and_back(x: torch.Tensor) -> None:
+            push.send({"x": x}, to=peer, timeout=1)
+            with pull.recv(timeout=1) as message:
+                got = message.tensors["x"]
+                assert torch.equal(got, x)
+                assert not got.requires_grad
+                got.unsqueeze_(0)  # an object of this message alone
+
+        with torch.inference_mode():
+            there_and_back(torch.ones(3))
+        there_and_back(torch.zeros(3, requires_grad=True) * 2)
+        there_and_back(torch.full((3,), 7.0))
+        (lane,) = push._lanes.values()
+        filling = push.allocate({"x": ("float32", (3,))}, to=peer, timeout=1)
+        for _, view in lane.views.own(filling._slot, filling._layout):
+            assert view.grad_fn is None
+            assert not view.is_inference()
+        filling.abandon()
+
+
+def test_statistics_of_a_channel(ends: tuple[Pull, Push, Peer]) -> None:
+    pull, push, peer = ends
+    for _ in range(5):
+        push.send({"x": np.ones(2)}, to=peer, timeout=1)
+        time.sleep(0.002)
+        pull.recv(timeout=1).release()
+    push.send({"x": np.ones(2)}, to=peer, timeout=1)
+    with pull.recv(timeout=1):
+        (counted,) = push.statistics()
+        assert (counted.messages, counted.bytes, counted.host_bytes) == (6, 96, 96)
+        assert (counted.slots_free, counted.slots_leased) == (1, 1)
+        assert counted.hops.count == 5
+        assert 0.0017 < counted.hops.quantile(0.5) <= counted.hops.quantile(0.99)
+
+
+@given(st.lists(st.integers(0, wire.LONGEST_HOP - 1), min_size=1), st.floats(0.01, 1))
+def test_quantiles_are_nearly_right(durations: list[int], share: float) -> None:
+    histogram = Histogram()
+    for duration in durations:
+        histogram.add(duration)
+    rank = math.ceil(share * len(durations))
+    exact = sorted(durations)[rank - 1]
+    assert histogram.quantile(share) * 1e9 == pytest.approx(exact, rel=0.15, abs=12)
+    assert Histogram().quantile(share) == 0.0
 
 
 def test_no_credit_no_message(ends: tuple[Pull, Push, Peer]) -> None:

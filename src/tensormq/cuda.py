@@ -70,6 +70,12 @@ def gpu_uuid(device: str) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
+def _stream(device: torch.device) -> int:
+    """The current stream's handle, without the object that torch would make for it."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(torch._C._cuda_getCurrentRawStream(index))
+
+
 class _Memory:
     """Device memory as torch sees it: any object with `__cuda_array_interface__`."""
 
@@ -85,13 +91,16 @@ class _Memory:
 
 def _as_bytes(pointer: int, size: int, device: torch.device) -> torch.Tensor:
     """uint8[size] over device memory that this code does not own."""
-    return torch.as_tensor(_Memory(pointer, size), device=device)
+    with torch.inference_mode(False):
+        return torch.as_tensor(_Memory(pointer, size), device=device)
 
 
 def _view(memory: torch.Tensor, spec: wire.TensorSpec, base: int) -> torch.Tensor:
     start = base + spec.offset
-    flat = memory[start : start + spec.nbytes]
-    return flat.view(getattr(torch, spec.dtype)).view(spec.shape)
+    # Views are kept: one that was made in inference mode could not be written to outside of it.
+    with torch.inference_mode(False):
+        flat = memory[start : start + spec.nbytes]
+        return flat.view(getattr(torch, spec.dtype)).view(spec.shape)
 
 
 class _Words:
@@ -219,7 +228,7 @@ class DeviceSlab:
         """What the current stream writes to `slot` from here on waits for its last use."""
         sequence, holders = self._last[slot]
         if holders:
-            stream = torch.cuda.current_stream(self._device).cuda_stream
+            stream = _stream(self._device)
             for peer in holders:
                 words = self._emptied.get(peer)
                 if words is not None:  # a peer that died uses nothing any more
@@ -231,7 +240,7 @@ class DeviceSlab:
     def publish(self, slot: int, sequence: int, holders: Iterable[object]) -> None:
         """All that the current stream has been given so far belongs to the slot's content."""
         self._sequence = sequence
-        self._filled.write(torch.cuda.current_stream(self._device).cuda_stream, slot, sequence)
+        self._filled.write(_stream(self._device), slot, sequence)
         self._last[slot] = sequence, tuple(holders)
 
     def close(self) -> None:
@@ -274,14 +283,14 @@ class DeviceMapping:
 
     def expect(self, slot: int, sequence: int) -> None:
         """What the current stream reads from `slot` from here on waits for its content."""
-        self._filled.wait(torch.cuda.current_stream(self._device).cuda_stream, slot, sequence)
+        self._filled.wait(_stream(self._device), slot, sequence)
 
     def view(self, slot: int, spec: wire.TensorSpec) -> torch.Tensor:
         return _view(self._memory, spec, self._base + slot * self._slot_bytes)
 
     def release(self, slot: int, sequence: int) -> None:
         """The current stream's work so far was the last use of this slot."""
-        self._emptied.write(torch.cuda.current_stream(self._device).cuda_stream, slot, sequence)
+        self._emptied.write(_stream(self._device), slot, sequence)
 
     def filled(self) -> list[int]:
         """For each slot the sequence number of the last message whose content is complete."""

@@ -64,11 +64,13 @@ def torch_view(memory: memoryview, spec: wire.TensorSpec, base: int) -> torch.Te
     import torch  # noqa: PLC0415 - processes that never ask for torch tensors do not load it
 
     dtype = getattr(torch, spec.dtype)
-    if spec.nbytes == 0:
-        return torch.empty(spec.shape, dtype=dtype)
-    count = spec.nbytes // wire.ITEMSIZE[spec.dtype]
-    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=base + spec.offset)
-    return flat.view(spec.shape)
+    # Views are kept: one that was made in inference mode could not be written to outside of it.
+    with torch.inference_mode(False):
+        if spec.nbytes == 0:
+            return torch.empty(spec.shape, dtype=dtype)
+        count = spec.nbytes // wire.ITEMSIZE[spec.dtype]
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=base + spec.offset)
+        return flat.view(spec.shape)
 
 
 def describe(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
@@ -170,7 +172,16 @@ def copy_bytes(tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
         if isinstance(destination, np.ndarray):
             np.copyto(destination, np.asarray(source), casting="no")
         else:
-            destination.copy_(source if not isinstance(source, np.ndarray) else _as_torch(source))
+            copy_torch(destination, source)
+
+
+def copy_torch(destination: torch.Tensor, source: Tensor, non_blocking: bool = False) -> None:
+    """Copy without what autograd knows of `source`, which would stay with `destination`."""
+    if isinstance(source, np.ndarray):
+        source = _as_torch(source)
+    elif source.requires_grad:
+        source = source.detach()
+    destination.copy_(source, non_blocking=non_blocking)
 
 
 def _as_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -123,7 +123,7 @@ class Loop:
                 callback()
                 found = True
         self._glances += 1
-        if self._glances >= _GLANCES:
+        if self._glances >= _GLANCES or not self._rings:
             found = self._poll(0) or found
         if found:
             self._stirred = time.monotonic()

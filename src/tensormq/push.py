@@ -73,6 +73,7 @@ class _Lane:
         views: host.Views,
     ) -> None:
         self.slab = slab
+        self.device: DeviceSlab | None = None  # the slab, where it is on a GPU
         self.views = views
         self.nonce = nonce
         self.pinned: PinnedMemory | None = None
@@ -233,8 +234,8 @@ class Push:
     def _admit(self, peer: Peer, lane: _Lane, offer: wire.Offer) -> None:
         peer._lane = lane
         peer.statistics.carrier = offer.carrier
-        if isinstance(offer.slab, wire.DeviceSlab):
-            _device_slab(lane).attach(peer, offer.slab.consumer)
+        if lane.device is not None and isinstance(offer.slab, wire.DeviceSlab):
+            lane.device.attach(peer, offer.slab.consumer)
 
     def _answer(self, peer: Peer, end: float) -> wire.ToProducer:
         if not self._loop.run_until(
@@ -258,7 +259,9 @@ class Push:
             from .cuda import DeviceSlab  # noqa: PLC0415
 
             slab = DeviceSlab(nonce, self._slots, self._slot_bytes, str(self._device))
-            return _Lane(slab, self._slots, nonce, host.Views(slab.view, numpy=False))
+            lane = _Lane(slab, self._slots, nonce, host.Views(slab.view, numpy=False))
+            lane.device = slab
+            return lane
         if carrier is Carrier.SHM:
             slab = host.HostSlab(nonce, self._slots, self._slot_bytes)
         else:
@@ -378,8 +381,8 @@ class Push:
 
     def _prepare(self, lane: _Lane, slot: int) -> None:
         """Make sure that what is written to `slot` from here on disturbs nobody."""
-        if lane.slab.carrier is Carrier.CUDA_IPC:
-            _device_slab(lane).reuse(slot)
+        if lane.device is not None:
+            lane.device.reuse(slot)
         elif self._gpu and lane.pinned is None:
             from .cuda import PinnedMemory  # noqa: PLC0415
 
@@ -388,7 +391,7 @@ class Push:
     def _fill(self, views: list[tuple[str, Any]], tensors: Mapping[str, Tensor]) -> None:
         if self._gpu:
             for name, view in views:
-                view.copy_(tensors[name], non_blocking=True)
+                host.copy_torch(view, tensors[name], non_blocking=True)
         else:
             host.copy_bytes([(view, tensors[name]) for name, view in views])
 
@@ -440,12 +443,12 @@ class Push:
             raise
         lane.sequences[slot] = sequence
         lane.pool.lease(slot, alive)
-        if lane.slab.carrier is Carrier.CUDA_IPC:
-            _device_slab(lane).publish(slot, sequence, alive)
-        if self._gpu and lane.slab.carrier is not Carrier.CUDA_IPC:
+        if lane.device is not None:
+            lane.device.publish(slot, sequence, alive)
+        elif self._gpu:
             self._after_gpu(lambda: self._announce(lane, slot, layout, frames))
-        else:
-            self._announce(lane, slot, layout, frames)
+            return
+        self._announce(lane, slot, layout, frames)
 
     def _announce(
         self, lane: _Lane, slot: int, layout: wire.Layout, frames: list[tuple[Peer, bytes]]
@@ -572,8 +575,8 @@ class Push:
         lane = peer._lane
         if lane is not None:
             lane.pool.forget(peer)
-            if lane.slab.carrier is Carrier.CUDA_IPC:
-                _device_slab(lane).detach(peer)
+            if lane.device is not None:
+                lane.device.detach(peer)
         self._drop(peer)
         if lane is not None and self.on_lost is not None:
             self.on_lost(peer)
@@ -666,14 +669,6 @@ def _peers(to: Peer | Sequence[Peer]) -> Sequence[Peer]:
     if not peers:
         raise ValueError("a message needs at least one peer to go to")
     return peers
-
-
-def _device_slab(lane: _Lane) -> DeviceSlab:
-    from .cuda import DeviceSlab  # noqa: PLC0415
-
-    if not isinstance(lane.slab, DeviceSlab):
-        raise TypeError("this lane's memory is not on a GPU")
-    return lane.slab
 
 
 def _host_slab(lane: _Lane) -> host.HostSlab | host.InlineSlab:
