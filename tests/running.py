@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -110,12 +110,18 @@ def wait_for(true: Callable[[], bool], seconds: float, what: str) -> float:
 class Server:
     """`blockflow serve` on free ports; its output goes to `<directory>/server.log`."""
 
-    def __init__(self, directory: Path, wanted: Mapping[str, Any] | None, *options: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        wanted: Mapping[str, Any] | None,
+        *options: str,
+        program: Sequence[str] = ("-m", "blockflow"),
+    ) -> None:
         self.control_port, self.http_port = free_port(), free_port()
         self.log = directory / "server.log"
         self.run_dir = directory / "run"
         command = [
-            *(sys.executable, "-m", "blockflow", "serve", "--run-dir", str(self.run_dir)),
+            *(sys.executable, *program, "serve", "--run-dir", str(self.run_dir)),
             *("--state-dir", str(directory / "state")),
             *("--port", str(self.control_port), "--http-port", str(self.http_port)),
             *options,

@@ -15,6 +15,7 @@ from blockflow.reconcile import (
     WorkerSpec,
     actions,
     diff,
+    mps_wanted,
     pipeline_signature,
     plan_workers,
     validate,
@@ -23,6 +24,7 @@ from blockflow.reconcile import (
 from blockflow.topology import (
     Block,
     BlockName,
+    Gpu,
     Pipeline,
     PipelineName,
     Precision,
@@ -412,3 +414,37 @@ def test_cycles_are_found_exactly_where_the_union_has_them(orders: list[list[str
     while sources := {node for node in left if not any(a in left and b == node for a, b in edges)}:
         left -= sources
     assert bool(found) == bool(left)
+
+
+def test_mps_is_wanted_where_it_is_on_or_several_workers_share_a_gpu() -> None:
+    blocks = {
+        "a": block("same", "cuda:0"),
+        "b": block("same", "cuda:0"),
+        "c": block("same", "cuda:1", "w"),
+        "d": block("same", "cuda:1", "w"),
+        "e": block("same"),
+        "f": block("same"),
+    }
+    made = topology(blocks)
+
+    def wanted(**settings: str) -> dict[str, bool]:
+        gpus = {name.replace("_", ":"): Gpu(mps=each) for name, each in settings.items()}  # type: ignore[arg-type]
+        return mps_wanted(made.model_copy(update={"devices": gpus}))
+
+    assert wanted() == wanted(cuda_0="auto", cuda_1="off", cuda_2="on") == {"cuda:0": False}
+    assert wanted(cuda_0="off", cuda_1="on") == {"cuda:1": True}
+
+    without, under = plan_workers(made), plan_workers(made, {"cuda:0"})
+    assert [name for name, spec in under.items() if spec.mps] == ["a", "b"]
+    assert actions(made, made, diff(without, under)) == (
+        "replace worker a (under MPS)",
+        "replace worker b (under MPS)",
+    )
+    assert actions(made, made, diff(under, without))[0] == "replace worker a (without MPS)"
+
+
+def test_settings_of_a_gpu_that_is_not_there_are_refused() -> None:
+    wanted = topology({}).model_copy(update={"devices": {"cuda:3": Gpu()}})
+    assert validate(wanted, {}, ["cpu", "cuda:0"]) == [
+        "devices.cuda:3: there is no device cuda:3 here; there are: cpu, cuda:0"
+    ]

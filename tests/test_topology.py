@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockflow.errors import TopologyInvalid
-from blockflow.topology import MAX_BYTES, Block, Pipeline, Topology, dump, parse, parse_json
+from blockflow.topology import MAX_BYTES, Block, Gpu, Pipeline, Topology, dump, parse, parse_json
 
 DIGEST = "sha256-" + "a" * 64
 
@@ -102,6 +102,21 @@ extra: 1
             "extra: is not a known setting; known are store, blocks, pipelines, devices",
         ]
     )
+
+
+def test_mps_is_set_for_a_gpu_also_in_yaml_s_own_words() -> None:
+    for written, meant in (("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")):
+        read = parse(f'devices: {{"cuda:1": {{mps: {written}}}}}')
+        assert read.devices == {"cuda:1": Gpu(mps=meant)}
+        assert parse(dump(read)) == read
+    assert parse("devices: {cuda:1: {}}").devices["cuda:1"].mps == "auto"
+    text = 'devices: {cpu: {mps: on}, "cuda:0": {mps: 1}, "cuda:1": {mpx: on}, "cuda:2": on}'
+    assert sorted(problems(text)) == [
+        "devices.cuda:0.mps: must be auto, on or off, not 1",
+        "devices.cuda:1.mpx: is not a known setting; did you mean mps?",
+        "devices.cuda:2: must be a mapping of settings, not true or false",
+        "devices: 'cpu' is no GPU: it must be cuda:<index>, such as cuda:0",
+    ]
 
 
 def test_how_a_block_is_computed_is_checked() -> None:
