@@ -33,6 +33,7 @@ class FakeNvml:
     init_error: NVMLError | None = None
     broken: str | None = None
     processes: dict[str, dict[int, int | None]] = field(default_factory=dict)
+    mps_clients: dict[str, dict[int, int | None]] = field(default_factory=dict)
     sensor_error: NVMLError | None = None
     sessions: int = 0
 
@@ -79,6 +80,14 @@ class FakeNvml:
         return [
             SimpleNamespace(pid=pid, usedGpuMemory=used)
             for pid, used in self.processes.get(handle, {}).items()
+        ]
+
+    def nvmlDeviceGetMPSComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:  # noqa: N802
+        if not self.mps_clients:
+            raise NVMLError_NotSupported
+        return [
+            SimpleNamespace(pid=pid, usedGpuMemory=used)
+            for pid, used in self.mps_clients.get(handle, {}).items()
         ]
 
     def _sense(self, value: Any) -> Any:

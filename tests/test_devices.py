@@ -161,6 +161,11 @@ def test_memory_the_driver_does_not_know_is_left_out() -> None:
     assert process_memory(os.getpid(), nvml, {}).device_bytes == {}
 
 
+def test_memory_of_a_client_of_mps() -> None:
+    nvml = FakeNvml(["GPU-aa"], mps_clients={"GPU-aa": {os.getpid(): 11}})
+    assert process_memory(os.getpid(), nvml, {}).device_bytes == {"cuda:0": 11}
+
+
 def test_a_process_that_is_gone_takes_no_memory() -> None:
     gone = max(psutil.pids()) + 100_000
     assert process_memory(gone).host_bytes == 0

@@ -14,13 +14,16 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import psutil
 import pynvml
 from pydantic import BaseModel, ConfigDict
 
 _log = logging.getLogger(__name__)
+
+Sensed = TypeVar("Sensed")
 
 
 class Mps(BaseModel):
@@ -140,11 +143,12 @@ def process_memory(
     with _gpus(nvml, environ, []) as handles:
         for index, handle in enumerate(handles):
             try:
-                processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+                processes = list(nvml.nvmlDeviceGetComputeRunningProcesses(handle))
             except nvml.NVMLError as error:
                 _reported(f"the NVIDIA driver failed at cuda:{index}: {error}")
                 continue
-            for process in processes:
+            clients = _sensor(nvml, index, partial(_mps_clients, nvml, handle))
+            for process in (*processes, *(clients or ())):
                 if process.pid == pid and process.usedGpuMemory is not None:
                     device_bytes[f"cuda:{index}"] = process.usedGpuMemory
     return ProcessMemory(host_bytes=host_bytes, device_bytes=device_bytes)
@@ -206,7 +210,12 @@ def _gpu(nvml: Any, index: int, handle: object) -> Device:
     )
 
 
-def _sensor(nvml: Any, index: int, read: Callable[[], float]) -> float | None:
+def _mps_clients(nvml: Any, handle: object) -> list[Any]:
+    """The driver lists clients of MPS apart from other processes."""
+    return list(nvml.nvmlDeviceGetMPSComputeRunningProcesses(handle))
+
+
+def _sensor(nvml: Any, index: int, read: Callable[[], Sensed]) -> Sensed | None:
     """Read what a GPU may not be able to say. A sensor that fails never hides its GPU."""
     try:
         return read()

@@ -182,6 +182,7 @@ class Keeper:
         """End the daemon and whatever it started, politely if it can be."""
         if self._daemon is None:
             return
+        everyone = {process.pid for process in psutil.Process().children(recursive=True)}
         if self._daemon.poll() is None:
             try:
                 ask(self._directory, f"quit -t {_QUIT_SECONDS}")
@@ -194,8 +195,9 @@ class Keeper:
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            for process in psutil.wait_procs(left, 1)[0]:
-                remove_cuda_leftovers(process.pid)
+            psutil.wait_procs(left, 1)
+        for pid in everyone:
+            remove_cuda_leftovers(pid)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _wait(self, cancelled: Callable[[], bool], done: Callable[[], bool], what: str) -> None:

@@ -19,6 +19,7 @@ from blockflow.options import ServeOptions
 
 if TYPE_CHECKING:
     from blockflow.client import ControlClient
+    from blockflow.devices import Survey
     from blockflow.status import BlockStatus, PipelineStatus
 
 Server = Annotated[str, typer.Option(help="the server's management address")]
@@ -199,6 +200,7 @@ def status(
 
 
 def _show_status(client: ControlClient, as_json: bool) -> None:
+    from blockflow.devices import Survey
     from blockflow.status import BlockStatus, PipelineStatus
 
     generation = client.topology()["generation"]
@@ -216,12 +218,18 @@ def _show_status(client: ControlClient, as_json: bool) -> None:
         generation,
         [BlockStatus.model_validate(each) for each in blocks],
         [PipelineStatus.model_validate(each) for each in pipelines],
+        Survey.model_validate(devices),
     )
 
 
 def _print_status(
-    generation: int, blocks: list[BlockStatus], pipelines: list[PipelineStatus]
+    generation: int,
+    blocks: list[BlockStatus],
+    pipelines: list[PipelineStatus],
+    survey: Survey,
 ) -> None:
+    mps = {device.name: device.mps for device in survey.devices if device.mps is not None}
+    under_mps = {worker for each in mps.values() for worker in each.clients}
     console = Console()
     console.print(f"generation {generation}", highlight=False)
     if not blocks:
@@ -263,7 +271,7 @@ def _print_status(
         (
             (
                 each.worker,
-                each.device,
+                f"{each.device}, MPS" if each.worker in under_mps else each.device,
                 "-" if each.pid is None else str(each.pid),
                 size(each.device_memory_bytes),
                 size(each.host_memory_bytes),
@@ -293,6 +301,7 @@ def _print_status(
         (f"block {each.name}", each.runner_reason and f"runs eagerly: {each.runner_reason}")
         for each in blocks
     ]
+    reasons += [(f"MPS of {name}", each.reason) for name, each in mps.items()]
     for what, reason in reasons:
         if reason:
             console.print(f"{what}: {reason}", markup=False, highlight=False)
