@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import tempfile
 import threading
@@ -18,7 +20,14 @@ def _children() -> set[int]:
 
 
 def _shared_memory() -> set[str]:
-    return {entry.name for entry in Path("/dev/shm").iterdir()}  # noqa: S108
+    """Named segments, without those that other programs of this machine have made and use now."""
+    mine = _children() | {os.getpid()}
+    found = set()
+    for entry in Path("/dev/shm").iterdir():  # noqa: S108
+        maker = re.match(r"torch_(\d+)_", entry.name)
+        if maker is None or int(maker[1]) in mine or not psutil.pid_exists(int(maker[1])):
+            found.add(entry.name)
+    return found
 
 
 def _slabs() -> int:

@@ -72,7 +72,13 @@ class StoreCorrupt(BlockFlowError):
 
 
 class Unavailable(BlockFlowError):
+    """`retry_after`: seconds after which it may be worth trying again."""
+
     status = 503
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Overloaded(Unavailable):
