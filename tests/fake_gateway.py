@@ -59,6 +59,9 @@ class FakeDispatcher:
     def models(self) -> Mapping[str, ModelStatus]:
         return self._models
 
+    def check(self, model: str) -> None:
+        """Nobody is refused."""
+
     async def infer(self, model: ModelMetadata, request: InferRequest) -> InferResult:
         if model.name not in self._compute:
             raise NotFound(f"no model {model.name}")

@@ -143,7 +143,7 @@ def test_p99_of_the_admitted_stays_within_twice_the_unloaded(name: str) -> None:
     since = 0.1 * seconds
     assert loaded.p99(since=since) <= 2 * idle.p99(), (loaded.p99(since=since), idle.p99())
     # Batches as large as the capacity asks for would each take longer than is accepted.
-    share = 0.3 if name == "batches" else 0.6
+    share = 0.15 if name == "batches" else 0.6
     assert loaded.throughput(since, seconds) >= share * capacity
     assert min(loaded.retry_after) > 0
 
@@ -198,7 +198,9 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
     stages = [one_by_one(0.05)]
     simulate(admission, [(float(second), A) for second in range(10)], stages)
     assert admission.expected(A, 1, 10.0) == pytest.approx(0.0505, rel=0.05)
-    with pytest.raises(Overloaded, match=r"would take 0\.05\d* s now, and this request has 0\.02 s"):
+    with pytest.raises(
+        Overloaded, match=r"would take 0\.05\d* s now, and this request has 0\.02 s"
+    ):
         admission.admit(A, 1, 10.0, left=0.02)
     admission.release(admission.admit(A, 1, 10.0, left=0.2), 10.05, answered=True)
     # How long one waits in a queue is learned as well.
@@ -229,7 +231,7 @@ def test_a_block_that_becomes_slower_is_not_taken_for_overloaded_for_ever() -> N
 def test_only_the_depth_counts_without_a_slowdown() -> None:
     outcome = simulate(Admission(4, math.inf), poisson(1000, 0, 3), [one_by_one(0.01)])
     assert outcome.p99(since=1) > 0.04
+    admission = Admission(1, math.inf)
+    admission.admit(A, 1, 0.0)
     with pytest.raises(Overloaded):
-        admission = Admission(1, math.inf)
-        for _ in range(2):
-            admission.admit(A, 1, 0.0)
+        admission.admit(A, 1, 0.0)

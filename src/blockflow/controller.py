@@ -628,6 +628,7 @@ class Controller:
                 *("--results", self._results),
                 *("--fd", str(self._gateway_fd)),
                 *("--queue-depth", str(options.queue_depth)),
+                *("--max-slowdown", str(options.max_slowdown)),
                 *("--request-timeout", str(options.request_timeout_s)),
                 *("--max-body-bytes", str(options.max_body_bytes)),
                 *_access(options),

@@ -63,6 +63,12 @@ class ServeOptions(BaseModel):
     queue_depth: int = Field(
         32, ge=1, description="requests in flight per entry block before new ones are refused"
     )
+    max_slowdown: float = Field(
+        2,
+        ge=1,
+        description="how many times its unloaded time a request may take under overload, before "
+        "others are refused for it; a large number leaves that to the queue's depth",
+    )
     ready_timeout_s: float = Field(120, gt=0, description="time a worker may take to get ready")
     drain_timeout_s: float = Field(
         10, ge=0, description="time that running requests get before their worker is stopped"

@@ -102,6 +102,9 @@ def serve(
         "request_timeout_s"
     ),
     queue_depth: Annotated[int, flag("queue_depth", "--queue-depth")] = default("queue_depth"),
+    max_slowdown: Annotated[float, flag("max_slowdown", "--max-slowdown")] = default(
+        "max_slowdown"
+    ),
     ready_timeout_s: Annotated[float, flag("ready_timeout_s", "--ready-timeout")] = default(
         "ready_timeout_s"
     ),
@@ -133,6 +136,7 @@ def serve(
                 "max_body_bytes": max_body_bytes,
                 "request_timeout_s": request_timeout_s,
                 "queue_depth": queue_depth,
+                "max_slowdown": max_slowdown,
                 "ready_timeout_s": ready_timeout_s,
                 "drain_timeout_s": drain_timeout_s,
                 "heartbeat_timeout_s": heartbeat_timeout_s,

@@ -49,6 +49,7 @@ class Gateway:
             options.results,
             incarnation=protocol.Incarnation(options.incarnation),
             queue_depth=options.queue_depth,
+            slowdown=options.max_slowdown,
             timeout=options.request_timeout,
         )
         limits = Limits(body_bytes=options.max_body_bytes, infer_seconds=options.request_timeout)
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--results", required=True)
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--queue-depth", type=int, required=True)
+    parser.add_argument("--max-slowdown", type=float, required=True)
     parser.add_argument("--request-timeout", type=float, required=True)
     parser.add_argument("--max-body-bytes", type=int, required=True)
     parser.add_argument("--token-file", type=Path)

@@ -124,11 +124,21 @@ class Admission:
         )
 
     def admit(
-        self, pipeline: PipelineName, rows: int, now: float, left: float = math.inf
+        self,
+        pipeline: PipelineName,
+        rows: int,
+        now: float,
+        left: float = math.inf,
+        *,
+        again: bool = False,
     ) -> Ticket:
-        """Let a request in that is wanted within `left` seconds, or raise Overloaded."""
-        self.check(pipeline, now)
-        expected = self.expected(pipeline, rows, now)
+        """Let a request in that is wanted within `left` seconds, or raise Overloaded.
+
+        One that was let in before and has to be sent `again` is not refused any more.
+        """
+        if not again:
+            self.check(pipeline, now)
+        expected = 0.0 if again else self.expected(pipeline, rows, now)
         if expected > left:
             self._refuse(
                 pipeline,

@@ -29,6 +29,7 @@ from blockflow.errors import (
     Poisonous,
     Unavailable,
 )
+from blockflow.gateway.admission import Admission
 from blockflow.gateway.http import ModelStatus
 from blockflow.protocol import Incarnation, Model, PipelineCount, Route, RouteId, decode_note
 from blockflow.topology import PipelineName
@@ -66,7 +67,7 @@ class _Entry:
 
     push: Push
     peer: Peer
-    under_way: int = 0
+    admission: Admission
 
 
 @dataclass
@@ -93,12 +94,19 @@ class BlockDispatcher:
     """Implements `http.Dispatcher` over deployed blocks. All methods belong to the event loop.
 
     results: endpoint for answers. incarnation: of this gateway. queue_depth: requests that may be
-    under way through one first block. timeout: seconds that a request may take which names no time
-    of its own.
+    under way through one first block. slowdown: how many times its unloaded time a request may take
+    before others are refused. timeout: seconds that a request may take which names no time of its
+    own.
     """
 
     def __init__(
-        self, results: str, *, incarnation: Incarnation, queue_depth: int, timeout: float
+        self,
+        results: str,
+        *,
+        incarnation: Incarnation,
+        queue_depth: int,
+        slowdown: float,
+        timeout: float,
     ) -> None:
         self._depth = queue_depth
         self._timeout = timeout
@@ -113,7 +121,9 @@ class BlockDispatcher:
         self._published = asyncio.Event()
         self._counts: dict[PipelineName, _Counts] = defaultdict(_Counts)
         self._settled = asyncio.Event()
-        self._tensors = _TensorThread(results, queue_depth, self._settle)
+        self._tensors = _TensorThread(
+            results, queue_depth, lambda: Admission(queue_depth, slowdown), self._settle
+        )
 
     # What the HTTP side asks
 
@@ -121,6 +131,12 @@ class BlockDispatcher:
         if self._models is None:
             raise Unavailable("BlockFlow is starting: nothing is deployed yet")
         return self._models
+
+    def check(self, model: str) -> None:
+        """Raises Overloaded when a request to `model` would be refused whatever it holds."""
+        route = self._routes.get(model)
+        if route is not None:
+            self._ways[route].entry.admission.check(PipelineName(model), time.monotonic())
 
     async def infer(self, model: oip.ModelMetadata, request: oip.InferRequest) -> oip.InferResult:
         """Compute the answer, on another route if one breaks down under the request.
@@ -166,7 +182,7 @@ class BlockDispatcher:
                     "the request was on its way; send it again"
                 )
             try:
-                return await self._attempt(way, request, deadline)
+                return await self._attempt(way, request, deadline, again=attempt > 1)
             except _Stranded as stranded:
                 broken = way.route.id
                 deaths += stranded.suspected
@@ -197,26 +213,26 @@ class BlockDispatcher:
             self._waiting -= 1
 
     async def _attempt(
-        self, way: _Way, request: oip.InferRequest, deadline: float
+        self, way: _Way, request: oip.InferRequest, deadline: float, *, again: bool
     ) -> oip.InferResult:
-        if way.entry.under_way >= self._depth:
-            raise Overloaded(
-                f"{way.entry.under_way} requests are under way through block "
-                f"{way.route.steps[0].block}, as many as are allowed; try again later"
-            )
+        now = time.monotonic()
+        admission = way.entry.admission
+        ticket = admission.admit(way.route.pipeline, request.rows, now, deadline - now, again=again)
         number = next(self._ids)
         pending = _Pending(way, self._asyncio.create_future())
         self._pending[number] = pending
         way.under_way.add(number)
-        way.entry.under_way += 1
+        answered = False
         try:
             envelope = Request(number, request.rows, deadline)
             self._tensors.submit(way.entry, request.inputs, envelope, way.route.id)
-            return await pending.answer
+            result = await pending.answer
+            answered = True
+            return result
         finally:
             del self._pending[number]
             way.under_way.discard(number)
-            way.entry.under_way -= 1
+            admission.release(ticket, time.monotonic(), answered=answered)
             self._settled.set()
 
     # What the server orders
@@ -296,11 +312,19 @@ class BlockDispatcher:
 class _TensorThread:
     """The thread that owns the gateway's Push and Pull ends.
 
-    settle: called in the event loop with a request's id and its answer or failure.
+    admission: makes the gate before a first block. settle: called in the event loop with a
+    request's id and its answer or failure.
     """
 
-    def __init__(self, results: str, depth: int, settle: Callable[[int, _Outcome], None]) -> None:
+    def __init__(
+        self,
+        results: str,
+        depth: int,
+        admission: Callable[[], Admission],
+        settle: Callable[[int, _Outcome], None],
+    ) -> None:
         self._depth = depth
+        self._admission = admission
         self._settle = settle
         self._asyncio = asyncio.get_running_loop()
         self._loop = Loop()
@@ -384,7 +408,7 @@ class _TensorThread:
             )
             push = Push(slots=self._depth, slot_bytes=size, loop=self._loop)
             try:
-                entry = _Entry(push, push.connect(endpoint))
+                entry = _Entry(push, push.connect(endpoint), self._admission())
             except BaseException:
                 push.close()
                 raise

@@ -70,6 +70,10 @@ class Dispatcher(Protocol):
         """
         ...
 
+    def check(self, model: str) -> None:
+        """Raise `Overloaded` when a request to `model` would be refused whatever it holds."""
+        ...
+
     async def infer(self, model: oip.ModelMetadata, request: oip.InferRequest) -> oip.InferResult:
         """Compute the answer to a request that was read as one to `model` as it was then.
 
@@ -177,6 +181,7 @@ class _Gateway:
         status = self._status(request)
         if not (status.ready or status.returning):
             raise Unavailable(_not_ready(status))
+        self._dispatcher.check(status.metadata.name)
         _refuse_compressed(request)
         lengths = request.headers.getlist(oip.HEADER_LENGTH)
         if len(lengths) > 1:
@@ -351,6 +356,7 @@ async def _disconnected(receive: Receive) -> None:
 # --- Answers ------------------------------------------------------------------------------------
 
 _RETRY = {"Retry-After": "1"}
+_LATER = frozenset({429, 503})
 
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -383,9 +389,7 @@ def _json(content: object, status: int = 200, headers: Mapping[str, str] | None 
 def _refusal(
     request: Request, status: int, error: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    headers = dict(headers or {})
-    if status in (429, 503):
-        headers.update(_RETRY)
+    headers = {**(_RETRY if status in _LATER else {}), **(headers or {})}
     if "expect" in request.headers:
         # A client that was never told to continue may send its next request instead of the body.
         headers["Connection"] = "close"
@@ -418,7 +422,10 @@ def _route(
         except BlockFlowError as error:
             if error.status == 500:
                 _log.error("%s %s: %s", request.method, path, error)
-            return _refusal(request, error.status, str(error))
+            headers = None
+            if isinstance(error, Unavailable) and error.status in _LATER:
+                headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+            return _refusal(request, error.status, str(error), headers)
         except HTTPException:
             raise
         except Exception:  # noqa: BLE001 -- the last resort: a bug must not leak its internals
