@@ -3,7 +3,7 @@ number of requests under way (closed loop). Every answer is checked.
 
     python benchmarks/load.py PORT MODEL BODY.npz --seconds 20 (--rate 100 | --clients 8)
 
-BODY.npz holds input arrays by name and the expected output `expected`. Prints one JSON object: for
+BODY.npz holds input arrays by name and the expected output `expected`. SIGTERM ends it early. Prints one JSON object: for
 each request [when it was due, seconds from then to its answer, HTTP status], with status 0 for a
 connection that broke and -1 for a wrong answer.
 """
@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,10 @@ class Load:
         encoded = oip.encode_request(tensors)
         content = b"".join(encoded.chunks)
         headers = {**encoded.headers, "Content-Length": str(len(content)), "Host": "127.0.0.1"}
-        lines = [f"POST /v2/models/{model}/infer HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
+        lines = [
+            f"POST /v2/models/{model}/infer HTTP/1.1",
+            *(f"{k}: {v}" for k, v in headers.items()),
+        ]
         self._request = ("\r\n".join(lines) + "\r\n\r\n").encode() + content
         self._port = port
         self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
@@ -78,8 +82,10 @@ class Load:
         randomly = random.Random(seed)
         due = time.monotonic()
         end = due + seconds
+        stop = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
         tasks: set[asyncio.Task[None]] = set()
-        while (due := due + randomly.expovariate(rate)) < end:
+        while (due := due + randomly.expovariate(rate)) < end and not stop.is_set():
             if (pause := due - time.monotonic()) > 0:
                 await asyncio.sleep(pause)
             task = asyncio.ensure_future(self.ask(due))

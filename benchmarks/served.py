@@ -54,6 +54,11 @@ class Load:
             [*command, str(body.path), *options], stdout=subprocess.PIPE, text=True
         )
 
+    def stop(self) -> list[list[float]]:
+        """End it now; what is under way is waited for."""
+        self._process.terminate()
+        return self.finish()
+
     def finish(self) -> list[list[float]]:
         """Rows of due time, seconds until the answer, and status, in the order of due times."""
         output, _ = self._process.communicate()
@@ -65,9 +70,7 @@ class Load:
 
 def capacity(server: Server, model: str, body: Body, clients: int, seconds: float) -> float:
     """Answers a second with so many requests under way."""
-    rows = Load(
-        server, model, body, "--clients", str(clients), "--seconds", str(seconds)
-    ).finish()
+    rows = Load(server, model, body, "--clients", str(clients), "--seconds", str(seconds)).finish()
     done = [due + taken for due, taken, status in rows if status == 200]
     late = [at for at in done if at > done[0] + 0.2 * seconds]
     return len(late) / (max(late) - min(late))

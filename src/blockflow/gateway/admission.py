@@ -184,11 +184,9 @@ class Admission:
         slowdown = seconds / unloaded.seconds
         magnitude = ticket.under_way.bit_length()
         before, seen = self._slowdowns.get(magnitude, (slowdown, now))
-        if seen > now - _MEMORY:
-            slowdown_now = before + 0.1 * (slowdown - before)
-        else:
-            slowdown_now = slowdown
-        self._slowdowns[magnitude] = slowdown_now, now
+        fresh = seen > now - _MEMORY
+        lately = before + 0.1 * (slowdown - before) if fresh else slowdown
+        self._slowdowns[magnitude] = lately, now
         if self._limit is None:
             self._look_for_overload(slowdown, ticket, unloaded, now)
         else:
