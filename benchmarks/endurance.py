@@ -25,8 +25,18 @@ from typing import Any
 
 import numpy as np
 from measured import conditions, percentiles, write
-from running import Mlp
-from served import Body, Load, Server, capacity, count, directory, store_model, topology, wait_for
+from served import (
+    Body,
+    Load,
+    Mlp,
+    Server,
+    capacity,
+    count,
+    directory,
+    store_model,
+    topology,
+    wait_for,
+)
 
 from blockflow.artifact import Store
 from blockflow.client import ControlClient

@@ -17,14 +17,13 @@ from typing import Any
 
 import httpx
 import numpy as np
-from fuzzing import Answer, Findings, fuzz_infer, fuzz_rest
 from measured import conditions, write
-from running import Mlp
 from schemathesis import Case
-from served import Server, directory, store_model, topology
+from served import Mlp, Server, directory, store_model, topology
 
 from blockflow.artifact import Store
 from blockflow.client import InferenceClient
+from fuzzing import Answer, Findings, fuzz_infer, fuzz_rest
 
 _DEPTH = 4
 

@@ -3,9 +3,9 @@ number of requests under way (closed loop). Every answer is checked.
 
     python benchmarks/load.py PORT MODEL BODY.npz --seconds 20 (--rate 100 | --clients 8)
 
-BODY.npz holds input arrays by name and the expected output `expected`. SIGTERM ends it early. Prints one JSON object: for
-each request [when it was due, seconds from then to its answer, HTTP status], with status 0 for a
-connection that broke and -1 for a wrong answer.
+BODY.npz holds input arrays by name and the expected output `expected`. SIGTERM ends the load
+early. Prints a JSON array that has for each request when it was due, the seconds from then to its
+answer, and the HTTP status: 0 for a connection that broke, -1 for a wrong answer.
 """
 
 from __future__ import annotations

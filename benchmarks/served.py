@@ -20,9 +20,9 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from running import Server, store_model, topology, wait_for  # noqa: E402
+from running import Mlp, Server, store_model, topology, wait_for  # noqa: E402
 
-__all__ = ["Body", "Load", "Server", "directory", "store_model", "topology", "wait_for"]
+__all__ = ["Body", "Load", "Mlp", "Server", "directory", "store_model", "topology", "wait_for"]
 
 
 @contextlib.contextmanager
