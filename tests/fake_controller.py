@@ -105,7 +105,7 @@ class FakeController:
     def topology(self) -> tuple[Generation, Topology]:
         return Generation(self.generation), self.current
 
-    def blocks(self) -> list[BlockStatus]:
+    async def blocks(self) -> list[BlockStatus]:
         statuses = []
         for name, block in self.current.blocks.items():
             state, reason = self.states.get(name, (BlockState.READY, None))

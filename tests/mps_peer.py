@@ -24,7 +24,7 @@ async def keeper(supervisor: Supervisor, directory: Path) -> Child:
 
 
 async def main(run_dir: Path) -> None:
-    await keeper(Supervisor(run_dir, "info"), run_dir / "0.mps")
+    await keeper(Supervisor(run_dir, run_dir, "info"), run_dir / "0.mps")
     (run_dir / "ready").touch()
     await asyncio.Event().wait()
 

@@ -32,7 +32,7 @@ def fake_mps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_supervisor(run_dir: Path, work: Callable[[Supervisor], Awaitable[None]]) -> None:
     async def run() -> None:
-        supervisor = Supervisor(run_dir, "info")
+        supervisor = Supervisor(run_dir, run_dir, "info")
         try:
             await work(supervisor)
         finally:

@@ -63,7 +63,7 @@ class Observed:
     def topology(self) -> tuple[Generation, Topology]:
         return Generation(7), Topology()
 
-    def blocks(self) -> list[BlockStatus]:
+    async def blocks(self) -> list[BlockStatus]:
         return self._blocks
 
     def pipelines(self) -> list[PipelineStatus]:

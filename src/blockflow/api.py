@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Annotated, Any, Protocol
 
@@ -24,7 +25,7 @@ from blockflow import topology as topology_file
 from blockflow.access import RequireToken, SameHostOnly
 from blockflow.devices import Mps, Survey, survey
 from blockflow.edit import Change, Terms, Verb
-from blockflow.errors import BlockFlowError, RequestTooLarge, TopologyInvalid
+from blockflow.errors import BlockFlowError, RequestTooLarge, TopologyInvalid, Unavailable
 from blockflow.status import (
     ApplyResult,
     BlockStatus,
@@ -76,7 +77,7 @@ class Controller(Protocol):
 
     def topology(self) -> tuple[Generation, Topology]: ...
 
-    def blocks(self) -> list[BlockStatus]: ...
+    async def blocks(self) -> list[BlockStatus]: ...
 
     def pipelines(self) -> list[PipelineStatus]: ...
 
@@ -284,7 +285,7 @@ def _status_routes(controller: Controller) -> APIRouter:
     @app.get("/v1/blocks", tags=["status"])
     async def get_blocks() -> list[BlockStatus]:
         """List the blocks with their process, memory, counts and connections."""
-        return controller.blocks()
+        return await controller.blocks()
 
     @app.get("/v1/pipelines", tags=["status"])
     async def get_pipelines() -> list[PipelineStatus]:
@@ -473,9 +474,12 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _failure(status: int, error: str, problems: list[str] | None = None) -> JSONResponse:
+def _failure(
+    status: int, error: str, problems: list[str] | None = None, retry_after: float = 1.0
+) -> JSONResponse:
     body = Failure(error=error, problems=problems or [])
-    return JSONResponse(body.model_dump(), status_code=status)
+    later = {"retry-after": str(max(1, math.ceil(retry_after)))} if status in {429, 503} else {}
+    return JSONResponse(body.model_dump(), status_code=status, headers=later)
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -483,7 +487,8 @@ def _answer_errors(app: FastAPI) -> None:
         problems = list(error.problems) if isinstance(error, TopologyInvalid) else []
         if error.status >= 500:
             _log.error("%s: %s", type(error).__name__, error)
-        return _failure(error.status, str(error), problems)
+        retry_after = error.retry_after if isinstance(error, Unavailable) else 1.0
+        return _failure(error.status, str(error), problems, retry_after)
 
     async def http(_: Request, error: HTTPException) -> JSONResponse:
         answer = _failure(error.status_code, str(error.detail))

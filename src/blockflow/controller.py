@@ -50,6 +50,8 @@ from blockflow.topology import BlockName, Generation, PipelineName, Topology, Wo
 log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 3.0
+_LAST_SECONDS = 1.0
+"""Of those for the workers, however long the gateway takes to stop."""
 _FIRST_RETRY_SECONDS = 0.5
 _LAST_RETRY_SECONDS = 30.0
 _CRASH_LOOP = 5
@@ -118,10 +120,11 @@ class Controller:
         self._gateway_fd = gateway_fd
         self._state = state
         self._journal = Journal()
-        self._supervisor = Supervisor(run_dir, options.log_level)
+        self._supervisor = Supervisor(run_dir, state.logs, options.log_level)
         self._mps = Mps(self._supervisor, run_dir, self._lose_gpu)
         self._sharing: set[_Worker] = set()
-        self._store = options.store
+        # The one for topologies that name none: what was chosen, or what the last one named.
+        self._store = options.store and options.store.resolve()
         self._deployed = _Deployed(Generation(0), Topology(store=None), {}, {}, {})
         self._passing: list[_Worker] = []
         self._leaving: tuple[_Road, ...] = ()
@@ -156,17 +159,19 @@ class Controller:
         self._begun = True
 
     async def close(self) -> None:
-        """Stop every process, politely for three seconds and then for certain."""
+        """Stop every process, politely for three seconds in all and then for certain."""
         self._closing = True
         self._journal.close()
         tasks = {*self._repairs} | ({self._eyes} if self._eyes is not None else set())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        end = asyncio.get_running_loop().time() + _STOP_SECONDS
         if self._gateway is not None:
-            await self._gateway.stop(_STOP_SECONDS)
+            await self._gateway.stop(_STOP_SECONDS - _LAST_SECONDS)
+        left = max(_LAST_SECONDS, end - asyncio.get_running_loop().time())
         everyone = {*self._deployed.workers.values(), *self._passing, *self._sharing}
-        await asyncio.gather(*(self._stop(worker) for worker in everyone))
+        await asyncio.gather(*(self._stop(worker, left) for worker in everyone))
         await self._mps.close()
         await self._supervisor.close()
 
@@ -310,7 +315,7 @@ class Controller:
         known = ", ".join(self._deployed.topology.blocks) or "none"
         raise NotFound(f"there is no block {block}; there are: {known}")
 
-    def blocks(self) -> list[BlockStatus]:
+    async def blocks(self) -> list[BlockStatus]:
         everyone = (*self._deployed.workers.values(), *self._passing)
         names = {
             endpoint: str(name)
@@ -318,7 +323,10 @@ class Controller:
             for name, endpoint in worker.endpoints.items()
         }
         names[self._results] = "gateway"
-        return [status for worker in everyone for status in _block_statuses(worker, names)]
+        pids = [worker.child.pid for worker in everyone if worker.child and worker.child.alive]
+        # In a thread: a driver may take its time, and the events of this loop cannot wait.
+        memory = await asyncio.to_thread(lambda: {pid: devices.process_memory(pid) for pid in pids})
+        return [status for worker in everyone for status in _block_statuses(worker, names, memory)]
 
     def pipelines(self) -> list[PipelineStatus]:
         report = self._gateway.report if self._gateway is not None else None
@@ -376,11 +384,15 @@ class Controller:
     async def _examine(self, topology: Topology) -> tuple[Path | None, dict[Digest, Manifest]]:
         """Read what the store says of the topology's artifacts. Raises TopologyInvalid."""
         problems = []
-        store = Path(topology.store) if topology.store is not None else self._store
-        if self._store is not None and store != self._store:
-            problems.append(
-                f"store: this server works with {self._store}, not with {store}; leave `store` out"
-            )
+        store = self._store
+        if topology.store is not None:
+            # Links are followed: one directory is one store, however it is written.
+            store = await asyncio.to_thread(Path(topology.store).resolve)
+            if self._options.store is not None and store != self._store:
+                problems.append(
+                    f"store: this server was told to work with {self._store}, not with {store}; "
+                    "leave `store` out"
+                )
         elif store is None and topology.blocks:
             problems.append("store: say in which directory the artifacts are")
         found = await asyncio.to_thread(_read_manifests, topology, store)
@@ -606,10 +618,10 @@ class Controller:
         worker.child.on_exit = lambda reason: self._mourn(worker, reason)
         self._journal.write(EventKind.WORKER_READY, spec.name)
 
-    async def _stop(self, worker: _Worker) -> None:
+    async def _stop(self, worker: _Worker, seconds: float = _STOP_SECONDS) -> None:
         if worker.child is not None:
             alive = worker.child.alive
-            await worker.child.stop(_STOP_SECONDS, lambda: self._part(worker))
+            await worker.child.stop(seconds, lambda: self._part(worker))
             self._supervisor.forget(worker.child)
             self._sharing.discard(worker)
             self._mps.dismiss(worker.spec.device, worker.spec.name, worker.child.pid)
@@ -1068,11 +1080,16 @@ def _ports(ports: Iterable[Any]) -> tuple[PortStatus, ...]:
     return tuple(PortStatus(name=p.name, dtype=p.dtype, shape=p.shape) for p in ports)
 
 
-def _block_statuses(worker: _Worker, names: Mapping[str, str]) -> Iterable[BlockStatus]:
-    """The blocks of one worker; `names` says which block listens at an endpoint."""
+def _block_statuses(
+    worker: _Worker, names: Mapping[str, str], memories: Mapping[int, devices.ProcessMemory]
+) -> Iterable[BlockStatus]:
+    """The blocks of one worker.
+
+    `names` says which block listens at an endpoint, `memories` what processes take, by their pids.
+    """
     child = worker.child
     alive = child is not None and child.alive
-    memory = devices.process_memory(child.pid) if child is not None and alive else None
+    memory = memories.get(child.pid) if child is not None and alive else None
     report = child.report if child is not None else None
     reports = (
         {block.block: block for block in report.blocks}

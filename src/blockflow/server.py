@@ -40,7 +40,7 @@ _LONGEST_RUN_DIR = 80
 
 
 def serve(options: ServeOptions) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT, SIGTERM or SIGHUP.
 
     Raises StartFailed when a port or the run directory is taken or a block does not come up, and
     TopologyInvalid when the topology cannot be deployed.
@@ -80,7 +80,10 @@ async def _serve(
     )
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # SIGHUP, too, is an end: its terminal is gone, and with it whoever could send Ctrl-C.
+    # Under nohup it is ignored, and stays so.
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
         loop.add_signal_handler(number, stop.set)
     serving = loop.create_task(server.serve(sockets=[control]))
     scheme = "http" if options.tls_cert is None else "https"

@@ -67,6 +67,13 @@ class State:
             os.close(self._lock)
             raise
 
+    @property
+    def logs(self) -> Path:
+        """The directory for what child processes write."""
+        logs = self._directory / "logs"
+        logs.mkdir(mode=0o700, exist_ok=True)
+        return logs
+
     def close(self) -> None:
         with self._guard:
             self._database.close()

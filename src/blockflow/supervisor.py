@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +29,8 @@ _COMMAND_TIMEOUT = 60.0
 _LOOK_EVERY = 0.25
 _LARGEST_LOG = 16 << 20
 _LARGEST_TAIL = 256 << 10
+_KEPT_LOGS = 50
+"""Logs of processes that have ended."""
 
 
 class Patience:
@@ -114,10 +117,11 @@ class Child:
         """Ask it to end; kill it when it has not after `seconds`, and `before_kill` is done."""
         self.on_exit = None
         if self.alive:
+            end = asyncio.get_running_loop().time() + seconds
             with contextlib.suppress(StartFailed):
                 await self.command(protocol.Stop(), seconds)
             try:
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout_at(end):
                     await asyncio.shield(self._exited)
             except TimeoutError:
                 log.warning("%s does not stop; killing it", self.name)
@@ -130,7 +134,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._exited
-        self._log_file.unlink(missing_ok=True)
+        _cut(self._log_file, _LARGEST_TAIL)
 
     def condemn(self, reason: str) -> None:
         """Kill it for `reason`; what follows is what follows every death."""
@@ -143,7 +147,7 @@ class Child:
         self.silent = self._patience.look(now, (self._heard,))
         with contextlib.suppress(OSError):
             if self._log_file.stat().st_size > _LARGEST_LOG:
-                os.truncate(self._log_file, 0)
+                _cut(self._log_file, _LARGEST_TAIL)
 
     def log_lines(self, count: int) -> list[str]:
         """The last lines that it wrote, at most `count`, and at most 256 KiB of them."""
@@ -192,9 +196,13 @@ class Supervisor:
     """Starts children and carries messages between them and the server.
 
     Used from the event loop of the main thread: children die with the thread that started them.
+    What they write lies in `logs`, and stays there when they end: the last of it, of the last few.
     """
 
-    def __init__(self, run_dir: Path, log_level: str) -> None:
+    def __init__(self, run_dir: Path, logs: Path, log_level: str) -> None:
+        self._logs = logs
+        self._began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        _keep_newest(logs, _KEPT_LOGS)
         self._run_dir = run_dir
         self._log_level = log_level
         self._incarnations = itertools.count(1)
@@ -221,7 +229,8 @@ class Supervisor:
         extra_environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Child:
         """Start `python -m module` and wait for its Hello. Raises StartFailed."""
-        log_file = self._run_dir / f"{incarnation}.log"
+        plain = name.removeprefix("the ").replace(" ", "-")
+        log_file = self._logs / f"{self._began}-{incarnation:06d}-{plain}.log"
         command = [
             *(sys.executable, "-m", module),
             *("--control", self._endpoint),
@@ -270,6 +279,7 @@ class Supervisor:
 
     def forget(self, child: Child) -> None:
         self._children.pop(str(child.incarnation).encode(), None)
+        _keep_newest(self._logs, len(self._children) + _KEPT_LOGS)
 
     async def close(self) -> None:
         self._ears.cancel()
@@ -295,6 +305,24 @@ class Supervisor:
                 if child.alive:
                     child.look(now)
             await asyncio.sleep(_LOOK_EVERY)
+
+
+def _cut(log_file: Path, size: int) -> None:
+    """Leave the last `size` bytes of a log, which its process may be appending to."""
+    with contextlib.suppress(OSError), log_file.open("r+b") as file:
+        if file.seek(0, os.SEEK_END) <= size:
+            return
+        file.seek(-size, os.SEEK_END)
+        end = file.read(size)
+        file.seek(0)
+        file.write(end)
+        file.truncate()
+
+
+def _keep_newest(logs: Path, count: int) -> None:
+    # Their names begin with the time at which their server did, and their number in it.
+    for old in sorted(logs.glob("*.log"))[: -count or None]:
+        old.unlink(missing_ok=True)
 
 
 def _last_lines(log_file: Path, count: int) -> list[str]:

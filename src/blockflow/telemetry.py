@@ -37,7 +37,7 @@ class Observed(Protocol):
 
     def topology(self) -> tuple[Generation, Topology]: ...
 
-    def blocks(self) -> list[BlockStatus]: ...
+    async def blocks(self) -> list[BlockStatus]: ...
 
     def pipelines(self) -> list[PipelineStatus]: ...
 
@@ -77,7 +77,7 @@ def metrics_route(
         snapshot = Snapshot(
             controller.topology()[0],
             tuple(controller.pipelines()),
-            tuple(controller.blocks()),
+            tuple(await controller.blocks()),
             surveyed.devices,
         )
         encode, content_type = choose_encoder(request.headers.get("accept", ""))

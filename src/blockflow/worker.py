@@ -141,10 +141,15 @@ def _import_torch() -> None:
 
 
 def _finish(futures: list[Future[None]]) -> None:
-    """Wait for all; raise the first failure."""
-    wait(futures, timeout=_CONNECT_TIMEOUT)
+    """Wait for all; raise the first failure. Raises StartFailed when they take too long."""
+    _, late = wait(futures, timeout=_CONNECT_TIMEOUT)
+    if late:
+        raise StartFailed(
+            f"{len(late)} of {len(futures)} blocks did not change their routes within "
+            f"{_CONNECT_TIMEOUT:g} s: they compute, or wait for the block after them"
+        )
     for future in futures:
-        future.result(timeout=0)
+        future.result()
 
 
 def main() -> None:

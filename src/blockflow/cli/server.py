@@ -293,7 +293,8 @@ def _print_status(
                 channel.carrier,
                 str(channel.messages),
                 size(channel.bytes),
-                size(channel.host_bytes),
+                # Blocks on a CPU have no other place for their tensors.
+                "-" if each.device == "cpu" else size(channel.host_bytes),
             )
             for each in blocks
             for channel in each.channels

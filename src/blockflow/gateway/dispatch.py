@@ -265,7 +265,7 @@ class BlockDispatcher:
         self._published = asyncio.Event()
 
     async def drain(self, routes: Iterable[RouteId], seconds: float) -> None:
-        """Wait until nothing is under way on these routes, at most `seconds`."""
+        """Wait until nothing is under way on these routes; end what is after `seconds`."""
         ways = [self._ways[route] for route in routes if route in self._ways]
         end = self._asyncio.time() + seconds
         while any(way.under_way for way in ways):
@@ -274,8 +274,14 @@ class BlockDispatcher:
                 async with asyncio.timeout_at(end):
                     await self._settled.wait()
             except TimeoutError:
-                left = sum(len(way.under_way) for way in ways)
-                log.warning("%d requests are still under way after %s s", left, seconds)
+                left = [number for way in ways for number in way.under_way]
+                log.warning("%d requests are ended after %g s of draining", len(left), seconds)
+                late = Unavailable(
+                    f"the request was still under way {seconds:g} s after its pipeline was updated "
+                    "(--drain-timeout), so it was ended; send it again"
+                )
+                for number in left:
+                    self._settle(number, late)
                 return
 
     def abort(self, routes: Iterable[RouteId], reason: str, suspects: Collection[int] = ()) -> None:
