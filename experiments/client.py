@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ Inputs = Mapping[str, Any]
 """A request's tensors: NumPy arrays, or torch tensors on the device."""
 
 _TIMEOUT = 60.0
+_UNDER_WAY = 16
 _CHECKED = 16
 """Under load, one answer of so many is compared: a client that compares all would be the limit."""
 
@@ -151,8 +152,7 @@ def _one(variant: Variant, end: float) -> Answer:
 
 @dataclass(frozen=True)
 class Run:
-    """A stretch of requests: `seconds` from the first to the last answer's arrival, and the
-    milliseconds of each."""
+    """A stretch of requests: its `seconds`, and the milliseconds of each that was answered."""
 
     seconds: float
     ms: list[float]
@@ -180,3 +180,43 @@ def closed_loop(variant: Variant, requests: Requests, side: str, count: int, cli
         if time.monotonic() > last + _TIMEOUT:
             raise TimeoutError(f"no answer within {_TIMEOUT:g} s")
     return Run(last - begin, times, worst)
+
+
+def poisson(
+    send: Callable[[int], None],
+    poll: Callable[[float], list[Answer]],
+    rate: float,
+    seconds: float,
+    check: Callable[[Answer], float],
+    seed: int = 0,
+) -> Run:
+    """Requests that arrive at random moments, `rate` a second, whether or not others are done.
+
+    A request's time counts from the moment at which it should have been sent. Gives up when the
+    last answer is as late as the whole stretch is long: nobody waits for a queue that only grows.
+    """
+    gaps = np.random.default_rng(seed).exponential(1 / rate, max(8, round(rate * seconds)))
+    begin = time.monotonic() + 0.01
+    due = (begin + np.cumsum(gaps)).tolist()
+    last = due[-1] + seconds
+    sent, times, worst = 0, [], 0.0
+    waiting = 0
+    at = begin
+    while len(times) < len(due) and time.monotonic() < last:
+        now = time.monotonic()
+        while sent < len(due) and due[sent] <= now and waiting < _UNDER_WAY:
+            send(sent)
+            sent += 1
+            waiting += 1
+        free = sent < len(due) and waiting < _UNDER_WAY
+        # ZeroMQ waits whole milliseconds, rounded up: the last one is spent asking.
+        pause = max(0.0, due[sent] - time.monotonic() - 0.001) if free else 0.05
+        for answer in poll(pause):
+            at = answer.at
+            waiting -= 1
+            times.append((answer.at - due[answer.number]) * 1e3)
+            if len(times) % _CHECKED == 1:
+                worst = max(worst, check(answer))
+    while waiting and time.monotonic() < last + _TIMEOUT:  # the next stretch begins with nothing
+        waiting -= len(poll(0.05))
+    return Run(max(at - begin, seconds), times, worst)

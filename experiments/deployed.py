@@ -33,7 +33,7 @@ from blockflow.state import State
 from blockflow.topology import PipelineName, parse
 from tensormq import Loop, Message, Peer, Pull, Push, Request, slot_size
 
-_SLOTS = 16
+SLOTS = 16
 """Requests under way in a first block's channel, the gateway's and ours alike. Their memory is
 taken at once: slots, times rows of a request, times bytes of a row."""
 
@@ -61,7 +61,7 @@ def _serve(control: Connection, topology: Mapping[str, Any], folder: str, parent
 
 async def _run(control: Connection, topology: Mapping[str, Any], folder: Path) -> None:
     options = ServeOptions(
-        topology=parse(topology), log_level="warning", ready_timeout_s=300, queue_depth=_SLOTS
+        topology=parse(topology), log_level="warning", ready_timeout_s=300, queue_depth=SLOTS
     )
     run_dir = folder / "run"
     run_dir.mkdir(mode=0o700)
@@ -151,7 +151,7 @@ class Entry:
                     size = slot_size(
                         {p.name: (p.dtype, p.sized(route.max_batch)) for p in route.inputs}
                     )
-                    push = Push(slots=_SLOTS, slot_bytes=size, device=place, loop=self._loop)
+                    push = Push(slots=SLOTS, slot_bytes=size, device=place, loop=self._loop)
                     pushes[first] = push, push.connect(first)
                 self._ways[side, index] = (*pushes[first], route)
 

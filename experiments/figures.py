@@ -100,3 +100,33 @@ def vram(path: Path, results: Mapping[str, Any]) -> None:
     axis.set_title(f"{results['tasks']} tasks of {results['model']}")
     axis.legend(fontsize=7)
     _write(figure, path)
+
+
+def throughput(path: Path, results: Mapping[str, Any]) -> None:
+    """Answered over offered, p99 over offered, and rows a second over the rows of a request."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4))
+    for index, (name, each) in enumerate(results["loads"].items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        offered = [a["offered"] for a in each["arrivals"]]
+        style = {"marker": "o", "markersize": 3, "color": colour, "label": name}
+        axes[0].plot(offered, [a["per_second"] for a in each["arrivals"]], **style)
+        axes[1].plot(offered, [a["p99_ms"] for a in each["arrivals"]], **style)
+        batches = results["batches"].get(name, {})
+        if batches:
+            axes[2].plot(
+                [int(rows) for rows in batches],
+                [found["per_second"] for found in batches.values()],
+                **style,
+            )
+    for axis, label in zip(
+        axes, ("answered, requests/s", "p99, ms", "rows/s (4 clients)"), strict=True
+    ):
+        axis.set_ylabel(label)
+        axis.set_xlabel("offered, requests/s")
+    axes[1].set_yscale("log")
+    axes[2].set_xscale("log", base=2)
+    axes[2].set_xlabel("rows of a request")
+    axes[0].set_title(f"{results['model']} in {results['blocks']} blocks, Poisson arrivals")
+    axes[0].legend(fontsize=6)
+    axes[2].legend(fontsize=6)
+    _write(figure, path)

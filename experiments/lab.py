@@ -68,6 +68,7 @@ class Lab:
         self.precision: Precision = options.precision if self.device != "cpu" else "fp32"
         self.gpu = self.device.startswith("cuda")
         self.console = Console(width=140)
+        self._folders = 0
         self.left_out: dict[str, str] = {}
         self._start = time.monotonic()
         self._stack = contextlib.ExitStack()
@@ -85,6 +86,13 @@ class Lab:
         if not isinstance(source, ModuleSource):
             raise SystemExit(f"{self.options.model} is a file: give a model that can be built")
         return source
+
+    def new_folder(self) -> Path:
+        """A private folder for sockets, of this run alone."""
+        self._folders += 1
+        folder = self.folder / str(self._folders)
+        folder.mkdir(mode=0o700)
+        return folder
 
     def say(self, line: str) -> None:
         print(f"{time.monotonic() - self._start:6.1f} s  {line}", flush=True)

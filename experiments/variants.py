@@ -59,7 +59,8 @@ def best(name: str, gpu: bool) -> str:
 class Variants:
     """The variants named in `chosen`, or all that run here, for requests of up to `rows` rows.
 
-    `chains` are the blocks in this process by runner, `kinds` what each variant is.
+    `chains` are the blocks in this process by runner, `kinds` what each variant is, and `pipelines`
+    what BlockFlow's are called at the gateway.
     """
 
     lab: Lab
@@ -67,6 +68,7 @@ class Variants:
     chosen: Collection[str] | None = None
     all: dict[str, Variant] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
+    pipelines: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lab = self.lab
@@ -99,10 +101,11 @@ class Variants:
                 for name, kind in pipelines.items()
             },
         )
-        self.house = House(topology, lab.folder / "house")
+        folder = lab.new_folder()
+        self.house = House(topology, folder / "house")
         stages = {
             kind.name: Pipeline(
-                lab.folder,
+                folder,
                 lab.store,
                 self.digests,
                 transport=kind.transport,
@@ -131,7 +134,8 @@ class Variants:
             stage.wait_ready()
             self.all[name] = stage
         for pipeline, kind in pipelines.items():
-            self.all[kind.name] = Entry(self.house, lab.folder, [pipeline], lab.device)
+            self.pipelines[kind.name] = pipeline
+            self.all[kind.name] = Entry(self.house, folder, [pipeline], lab.device)
         self.all = {kind.name: self.all[kind.name] for kind in kinds}
 
     def _monolith(self, how: str) -> networks.Call:
