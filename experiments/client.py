@@ -202,7 +202,7 @@ def poisson(
     sent, times, worst = 0, [], 0.0
     waiting = 0
     at = begin
-    while len(times) < len(due) and time.monotonic() < last:
+    while len(times) < len(due) and (not times or time.monotonic() < last):
         now = time.monotonic()
         while sent < len(due) and due[sent] <= now and waiting < _UNDER_WAY:
             send(sent)

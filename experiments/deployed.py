@@ -51,6 +51,14 @@ class _Controller(Controller):
             )
             return route
 
+    async def joining(self) -> dict[str, str]:
+        """The environment in which a process joins the workers' MPS; empty without MPS."""
+        found: dict[str, str] = {}
+        for device, status in self.mps().items():
+            if status.state == "on":
+                found |= await self._mps.environment(device)
+        return found
+
 
 def _serve(control: Connection, topology: Mapping[str, Any], folder: str, parent: int) -> None:
     die_with_parent(parent)
@@ -73,6 +81,7 @@ async def _run(control: Connection, topology: Mapping[str, Any], folder: Path) -
         try:
             await controller.start()
             control.send(f"http://127.0.0.1:{listener.getsockname()[1]}")
+            control.send(await controller.joining())
             while (order := await asyncio.to_thread(control.recv)) is not None:
                 match order:
                     case (str() as pipeline, str() as results):
@@ -84,7 +93,12 @@ async def _run(control: Connection, topology: Mapping[str, Any], folder: Path) -
 
 
 class House:
-    """A running BlockFlow server; `url` is its inference API once `wait_ready` has returned."""
+    """A running BlockFlow server.
+
+    Once `wait_ready` has returned, `url` is its inference API, and `joining` the environment in
+    which other processes share the GPU with its workers under MPS (empty where they do not): there
+    the GPU is cuda:0.
+    """
 
     def __init__(self, topology: Mapping[str, Any], folder: Path) -> None:
         folder.mkdir(mode=0o700)
@@ -97,10 +111,12 @@ class House:
         theirs.close()
         self.pid = int(self._process.pid or 0)
         self.url = ""
+        self.joining: dict[str, str] = {}
 
     def wait_ready(self) -> None:
         """Raises EOFError when the server has died; its last words are on standard error."""
         self.url = self._control.recv()
+        self.joining = self._control.recv()
 
     def lay(self, pipeline: str, results: str, pump: Callable[[], None]) -> Route:
         """A route to `pipeline` that answers at `results`; `pump` lets the end there be greeted."""
@@ -203,12 +219,16 @@ class Entry:
 
 
 def blockflow_topology(
-    store: Path, digests: Sequence[str], device: str, pipelines: Mapping[str, Mapping[str, Any]]
+    store: Path,
+    digests: Sequence[str],
+    device: str,
+    pipelines: Mapping[str, Mapping[str, Any]],
+    devices: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A topology of several pipelines through the same artifacts, each with blocks of its own.
 
-    `pipelines` gives each one's settings of its blocks; `worker: one` puts the blocks of a
-    pipeline into one worker.
+    `pipelines` gives each one's settings of its blocks; `together` puts them into one worker.
+    `devices` is the topology's section of that name.
     """
     blocks: dict[str, Any] = {}
     chains: dict[str, Any] = {}
@@ -219,4 +239,9 @@ def blockflow_topology(
         for block, digest in zip(names, digests, strict=True):
             blocks[block] = {"artifact": str(digest), "device": device, **mine, **worker}
         chains[name] = {"blocks": names}
-    return {"store": str(store), "blocks": blocks, "pipelines": chains}
+    return {
+        "store": str(store),
+        "devices": dict(devices),
+        "blocks": blocks,
+        "pipelines": chains,
+    }

@@ -116,9 +116,15 @@ def _moved(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def topology(
-    store: Store, tasks: Sequence[Task], device: str, settings: Mapping[str, Any]
+    store: Store,
+    tasks: Sequence[Task],
+    device: str,
+    settings: Mapping[str, Any],
+    devices: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A pipeline for each task, every distinct artifact once; `settings` are the blocks'."""
+    """A pipeline for each task, every distinct artifact once; `settings` are the blocks', `devices`
+    the topology's section of that name.
+    """
     names: dict[str, str] = {}
     pipelines = {}
     for task in tasks:
@@ -128,7 +134,12 @@ def topology(
     blocks = {
         name: {"artifact": digest, "device": device, **settings} for digest, name in names.items()
     }
-    return {"store": str(store.root), "blocks": blocks, "pipelines": pipelines}
+    return {
+        "store": str(store.root),
+        "devices": dict(devices),
+        "blocks": blocks,
+        "pipelines": pipelines,
+    }
 
 
 def monolith(

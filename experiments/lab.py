@@ -23,9 +23,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from blockflow.artifact import Port, Store
+from blockflow.artifact import Store
 from blockflow.devices import Device, list_devices
-from blockflow.models import ModuleSource, resolve
+from blockflow.models import ModuleSource, parse_input, resolve
 from blockflow.topology import Precision
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -39,15 +39,29 @@ def arguments(description: str | None, *, model: str) -> argparse.ArgumentParser
     if _SPIN not in os.environ:
         # As BlockFlow's supervisor sets it for its workers, so that all variants spin alike on a
         # CPU. It is read when torch is loaded, which it is by now.
-        environment = {**os.environ, _SPIN: "10000", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        environment = {
+            **os.environ,
+            _SPIN: "10000",
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+            # To look for a GPU must not begin to use it: MPS can only be joined before.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        }
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=model)
-    parser.add_argument("--size", type=int, help="height and width of an image, where not 224")
+    parser.add_argument(
+        "--input", help="what it takes, where it does not tell: x:float32[batch,3,64,64]"
+    )
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=list_devices()[-1].name, help="cpu or cuda:<index>")
+    parser.add_argument(
+        "--mps",
+        default="auto",
+        choices=("auto", "on", "off"),
+        help="of every variant: as the topology's setting for the GPU says, auto by default",
+    )
     parser.add_argument(
         "--precision", default="fp32", choices=("fp32", "tf32"), help="of every variant"
     )
@@ -64,11 +78,14 @@ class Lab:
         self.name = name
         self.options = options
         self.device = str(options.device)
+        self.mps = False
         # A CPU computes in float32 whatever is asked for.
         self.precision: Precision = options.precision if self.device != "cpu" else "fp32"
         self.gpu = self.device.startswith("cuda")
         self.console = Console(width=140)
+        self.runners = ("eager", "graph") if self.gpu else ("eager",)
         self._folders = 0
+        self._conditions: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
         self._start = time.monotonic()
         self._stack = contextlib.ExitStack()
@@ -80,12 +97,39 @@ class Lab:
 
     def source(self) -> ModuleSource:
         """The network that is measured: its weights are the same for the same seed, everywhere."""
-        size = self.options.size
-        ports = [Port("x", "float32", ("batch", 3, size, size))] if size else []
-        source = resolve(self.options.model, ports)
+        given = self.options.input
+        source = resolve(self.options.model, [parse_input(given)] if given else [])
         if not isinstance(source, ModuleSource):
             raise SystemExit(f"{self.options.model} is a file: give a model that can be built")
         return source
+
+    def devices(self) -> dict[str, Any]:
+        """The section `devices` of topologies here."""
+        return {self.device: {"mps": self.options.mps}} if self.gpu else {}
+
+    def join(self, environment: Mapping[str, str]) -> None:
+        """Share the GPU with a server's workers under MPS, in this process and those it starts.
+
+        Before this process uses the GPU. There is one server at a time in this environment.
+        """
+        self.mps = bool(environment)
+        if environment:
+            os.environ.update(environment)
+            self.device = "cuda:0"
+            self.say("this process and its stages join MPS")
+
+    @property
+    def stem(self) -> str:
+        """What results are called: the experiment, and the options that make it another one."""
+        parts = [self.name]
+        if self.gpu:
+            parts += [f"mps-{self.options.mps}"] if self.options.mps != "auto" else []
+            parts += [self.precision] if self.precision != "fp32" else []
+        return "-".join(parts)
+
+    @property
+    def figure(self) -> Path:
+        return Path(self.options.out) / f"{self.stem}.png"
 
     def new_folder(self) -> Path:
         """A private folder for sockets, of this run alone."""
@@ -102,11 +146,21 @@ class Lab:
         self.left_out[what] = why
         self.say(f"left out: {what} ({why})")
 
+    def note_conditions(self) -> None:
+        """Note where and with what this runs, while this process can still ask the GPU.
+
+        It no longer can when the server has ended under whose MPS it used it.
+        """
+        self._conditions = measured.conditions(self.device)
+
     def conditions(self) -> dict[str, Any]:
         """Where, when and with what this ran."""
-        found = measured.conditions(self.device)
+        if not self._conditions:
+            self.note_conditions()
+        found = dict(self._conditions)
         found["seconds"] = round(time.monotonic() - self._start, 1)
         found["precision"] = self.precision
+        found["mps"] = f"{self.options.mps}: {'joined' if self.mps else 'not used'}"
         found["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         found["versions"] = {
             name: importlib.metadata.version(name) for name in ("torch", "pyzmq", "msgspec")
@@ -122,7 +176,7 @@ class Lab:
     def write(self, results: Mapping[str, Any]) -> None:
         """Write `<experiment>.json` with the conditions and what was left out."""
         measured.write(
-            self.options.out / f"{self.name}.json",
+            self.options.out / f"{self.stem}.json",
             {
                 "experiment": self.name,
                 "conditions": self.conditions(),

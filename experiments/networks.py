@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,11 +46,17 @@ def synchronised(device: str) -> float:
     return time.monotonic()
 
 
-def begin(device: str) -> None:
-    """Make `device` this thread's, with a stream of its own: the default one cannot be captured."""
+def begin(device: str, precision: Precision) -> None:
+    """Make `device` this thread's, with a stream of its own: the default one cannot be captured.
+
+    `precision` holds for all that this process computes, as in BlockFlow's workers.
+    """
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream(device))
+        backends: Any = torch.backends  # of whose settings its types know only the older ones
+        for setting in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul):
+            setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
 
 
 def run_by(program: Program, rows: int, how: str) -> Call:

@@ -16,14 +16,13 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import figures
 import networks
 from client import Requests, Variant, closed_loop
 from lab import Lab, arguments, at_least, at_most, interleaved
-from variants import FOUR, HANDLE, MONOLITH, ONE, PICKLED, RAW, Variants, best
+from variants import FOUR, HANDLE, MONOLITH, ONE, PICKLED, RAW, Variants, best, kinds
 
 _FEWEST = 8
 
@@ -182,8 +181,7 @@ def measure(
     chosen = {PICKLED, RAW, HANDLE, FOUR, ONE, MONOLITH, *default}
     if options.quick:
         chosen = {PICKLED, *default}
-    with Variants(lab, max(sizes), chosen) as variants:
-        kinds = variants.kinds
+    with Variants(lab, kinds(lab, chosen, max(sizes))) as variants:
         found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
         loaded = idle(lab, seconds)
         for rows in sizes:
@@ -192,7 +190,7 @@ def measure(
             for name, variant in variants.all.items():  # warm, at this size
                 closed_loop(variant, requests, "host", 2 * _FEWEST, 2)
                 lab.say(f"{name}: warm at batch {rows}")
-            for name in interleaved(list(kinds), rounds):
+            for name in interleaved(list(variants.all), rounds):
                 for load, clients in (("one client", 1), ("saturated", options.clients)):
                     run = one_run(lab, variants.all[name], requests, clients, seconds, loaded)
                     found.setdefault((name, load, rows), []).append(run)
@@ -210,7 +208,7 @@ def measure(
         "targets": lab.judged(targets(lab, rows_found)),
     }
     report(lab, results)
-    figures.energy(Path(options.out) / "energy.png", results)
+    figures.energy(lab.figure, results)
     lab.write(results)
 
 

@@ -12,14 +12,13 @@ Writes latency.json and latency.png.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import figures
 import networks
 from client import Requests, Sample, one_by_one
 from lab import Lab, arguments, at_least, at_most, interleaved, statistics
-from variants import FOUR, ONE, PICKLED, RAW, Variants, best
+from variants import FOUR, ONE, PICKLED, RAW, Variants, best, kinds
 
 ROWS = 1
 
@@ -30,14 +29,15 @@ def measure(lab: Lab, variants: Variants, requests: Requests) -> dict[str, Any]:
     samples: dict[tuple[str, str], list[Sample]] = {
         (name, side): [] for name in variants.all for side in sides
     }
-    alone: dict[str, list[list[float]]] = {how: [] for how in variants.chains}
+    chains = {how: variants.chain(how, ROWS) for how in lab.runners}
+    alone: dict[str, list[list[float]]] = {how: [] for how in lab.runners}
     for name, variant in variants.all.items():  # warm: channels, allocators, caches
         for side in sides:
             warm = list(one_by_one(variant, requests, side, options.requests))
             lab.say(f"{name}, {side}: warm, {warm[-1].ms:.2f} ms")
     for name in interleaved([*variants.all, None], options.rounds):
         if name is None:
-            for how, chain in variants.chains.items():
+            for how, chain in chains.items():
                 alone[how] += [chain.times(requests.tensors(n)) for n in range(options.requests)]
             continue
         for side in sides:
@@ -160,7 +160,7 @@ def main() -> None:
         if not lab.gpu:
             lab.leave_out("CUDA graphs", "there is no GPU")
             lab.leave_out("tensors on the device in and out", "there is no GPU")
-        with Variants(lab, ROWS) as variants:
+        with Variants(lab, kinds(lab)) as variants:
             inputs = [networks.arrays(variants.source.inputs, ROWS, seed) for seed in range(4)]
             requests = Requests(inputs, variants.whole, lab.device)
             found = measure(lab, variants, requests)
@@ -177,7 +177,7 @@ def main() -> None:
             "targets": lab.judged(targets(lab, rows)),
         }
         report(lab, results)
-        figures.overheads(Path(options.out) / "latency.png", results)
+        figures.overheads(lab.figure, results)
         lab.write(results)
 
 

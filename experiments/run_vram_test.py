@@ -65,7 +65,7 @@ def _monoliths(
         torch.nn.functional.conv2d(image, torch.ones(8, 8, 3, 3, device=device))
         torch.mm(image[0, 0], image[0, 0])
         networks.synchronised(device)
-    networks.begin(device)
+    networks.begin(device, "fp32")
     loaded = [families.monolith(Store(store), task, ROWS, device, how, "fp32") for task in tasks]
     answers = []
     for chain in loaded:
@@ -141,18 +141,13 @@ def deployed(
     tasks: Sequence[Task],
     inputs: Mapping[str, Any],
     settings: Mapping[str, Any],
-    name: str,
 ) -> tuple[int, list[Any]]:
     """Bytes that a server with these tasks takes, and every task's answer, through the gateway."""
     memory = Memory(lab)
     # The least that a server needs: one row at a time, few requests under way.
-    wanted = families.topology(
-        lab.store,
-        tasks,
-        lab.device,
-        {"max_batch": ROWS, "cuda_graph": lab.options.runner == "graph", **settings},
-    )
-    house = House(wanted, lab.folder / name)
+    settings = {"max_batch": ROWS, "cuda_graph": lab.options.runner == "graph", **settings}
+    wanted = families.topology(lab.store, tasks, lab.device, settings, lab.devices())
+    house = House(wanted, lab.new_folder() / "house")
     try:
         house.wait_ready()
         with InferenceClient(house.url) as client:
@@ -184,11 +179,9 @@ def distribution(
         "one worker for each block": {},
         "one worker for all blocks": {"worker": "all"},
     }
-    for number, (name, settings) in enumerate(variants.items()):
+    for name, settings in variants.items():
         lab.say(f"{fraction:.0%} share: {name}")
-        taken, answers = deployed(
-            lab, family, tasks, inputs, settings, f"house-{round(fraction * 100)}-{number}"
-        )
+        taken, answers = deployed(lab, family, tasks, inputs, settings)
         found[name] = {
             "bytes": taken,
             "saved": 1 - taken / one_process,
@@ -309,7 +302,7 @@ def main() -> None:
             "targets": lab.judged(targets(lab, rows)),
         }
         report(lab, results)
-        figures.vram(Path(options.out) / "vram.png", results)
+        figures.vram(lab.figure, results)
         lab.write(results)
 
 

@@ -134,7 +134,7 @@ def _serve(stage: Stage, ready: Connection) -> None:
     pull.bind(stage.receive)
     push.connect(stage.send)
     transport = TRANSPORTS[stage.transport]()
-    networks.begin(stage.device)
+    networks.begin(stage.device, stage.precision)
     program = load(Store(stage.store), stage.digest, stage.device, precision=stage.precision)
     call = networks.run_by(program, stage.rows, stage.how)
     ready.send("ready")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networks
@@ -28,15 +28,17 @@ _GRAPHS = ", CUDA graphs"
 @dataclass(frozen=True)
 class Kind:
     """What a variant is: `transport` of a traditional pipeline, or `settings` of BlockFlow's
-    blocks, or neither: the monolith. `how` the blocks run: "eager" or "graph"."""
+    blocks, or neither: the monolith. `how` the blocks run: "eager" or "graph". `rows` is the most
+    rows of a request, and of a batch where requests are batched."""
 
     name: str
     how: str
     transport: str | None = None
     settings: Mapping[str, Any] | None = None
+    rows: int = 1
 
 
-KINDS = tuple(
+_KINDS = tuple(
     kind
     for how, suffix in (("eager", ""), ("graph", _GRAPHS))
     for kind in (
@@ -50,59 +52,42 @@ KINDS = tuple(
 )
 
 
+def kinds(lab: Lab, names: Collection[str] | None = None, rows: int = 1) -> list[Kind]:
+    """The variants of these names, or all, that run on this device."""
+    return [
+        replace(kind, rows=rows)
+        for kind in _KINDS
+        if (lab.gpu or kind.how == "eager") and (names is None or kind.name in names)
+    ]
+
+
 def best(name: str, gpu: bool) -> str:
     """The variant as it runs by default on this device: with CUDA graphs where there is a GPU."""
     return name + _GRAPHS if gpu else name
 
 
-@dataclass
 class Variants:
-    """The variants named in `chosen`, or all that run here, for requests of up to `rows` rows.
+    """Variants of one network: `all` by name, `kinds` what each is, and `pipelines` what
+    BlockFlow's are called at the gateway of `house`.
 
-    `chains` are the blocks in this process by runner, `kinds` what each variant is, and `pipelines`
-    what BlockFlow's are called at the gateway.
+    `whole` is the network as one module.
     """
 
-    lab: Lab
-    rows: int
-    chosen: Collection[str] | None = None
-    all: dict[str, Variant] = field(default_factory=dict)
-    kinds: dict[str, Kind] = field(default_factory=dict)
-    pipelines: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        lab = self.lab
+    def __init__(self, lab: Lab, chosen: Sequence[Kind]) -> None:
+        self._lab = lab
         self.source = lab.source()
         lab.say(f"splitting {lab.options.model}")
         split = split_model(self.source, lab.options.blocks, lab.store)
         self.digests = [str(block.digest) for block in split.blocks]
-        hows = ("eager", "graph") if lab.gpu else ("eager",)
-        kinds = [
-            kind
-            for kind in KINDS
-            if kind.how in hows and (self.chosen is None or kind.name in self.chosen)
-        ]
-        self.kinds = {kind.name: kind for kind in kinds}
+        self.kinds = {kind.name: kind for kind in chosen}
         # Names of blocks and pipelines are plain: what a variant is called is for people.
-        pipelines = {
-            f"p{index}": kind for index, kind in enumerate(kinds) if kind.settings is not None
-        }
-        topology = blockflow_topology(
-            lab.store.root,
-            self.digests,
-            lab.device,
-            {
-                name: {
-                    "max_batch": self.rows,
-                    "precision": lab.precision,
-                    "cuda_graph": kind.how == "graph",
-                    **(kind.settings or {}),
-                }
-                for name, kind in pipelines.items()
-            },
-        )
+        deployed = [kind for kind in chosen if kind.settings is not None]
+        self.pipelines = {kind.name: f"p{index}" for index, kind in enumerate(deployed)}
         folder = lab.new_folder()
-        self.house = House(topology, folder / "house")
+        self.house = House(self._topology(deployed), folder / "house")
+        lab.say("waiting for the server")
+        self.house.wait_ready()
+        lab.join(self.house.joining)
         stages = {
             kind.name: Pipeline(
                 folder,
@@ -111,41 +96,56 @@ class Variants:
                 transport=kind.transport,
                 how=kind.how,
                 device=lab.device,
-                rows=self.rows,
+                rows=kind.rows,
                 precision=lab.precision,
             )
-            for kind in kinds
+            for kind in chosen
             if kind.transport is not None
         }
-        lab.say("waiting for the server")
-        self.house.wait_ready()
-        networks.begin(lab.device)
-        self.chains = {
-            how: networks.Chain(lab.store, self.digests, self.rows, lab.device, how, lab.precision)
-            for how in hows
-        }
-        # After the chains: their loading chose the precision of everything in this process.
+        networks.begin(lab.device, lab.precision)
         self.whole = networks.whole(self.source, lab.device)
-        for kind in kinds:
-            if kind.transport is None and kind.settings is None:
-                self.all[kind.name] = Monolith(self._monolith(kind.how), lab.device)
+        monoliths = {
+            kind.name: Monolith(self._monolith(kind), lab.device)
+            for kind in chosen
+            if kind.transport is None and kind.settings is None
+        }
         lab.say("waiting for the stages")
-        for name, stage in stages.items():
+        for stage in stages.values():
             stage.wait_ready()
-            self.all[name] = stage
-        for pipeline, kind in pipelines.items():
-            self.pipelines[kind.name] = pipeline
-            self.all[kind.name] = Entry(self.house, folder, [pipeline], lab.device)
-        self.all = {kind.name: self.all[kind.name] for kind in kinds}
+        entries = {
+            name: Entry(self.house, folder, [pipeline], lab.device)
+            for name, pipeline in self.pipelines.items()
+        }
+        started: dict[str, Variant] = {**stages, **monoliths, **entries}
+        self.all = {kind.name: started[kind.name] for kind in chosen}
+        lab.note_conditions()
 
-    def _monolith(self, how: str) -> networks.Call:
+    def chain(self, how: str, rows: int) -> networks.Chain:
+        """The blocks in this process."""
+        lab = self._lab
+        return networks.Chain(lab.store, self.digests, rows, lab.device, how, lab.precision)
+
+    def _topology(self, deployed: Sequence[Kind]) -> dict[str, Any]:
+        lab = self._lab
+        settings = {
+            self.pipelines[kind.name]: {
+                "max_batch": kind.rows,
+                "precision": lab.precision,
+                "cuda_graph": kind.how == "graph",
+                **(kind.settings or {}),
+            }
+            for kind in deployed
+        }
+        return blockflow_topology(lab.store.root, self.digests, lab.device, settings, lab.devices())
+
+    def _monolith(self, kind: Kind) -> networks.Call:
         """The module itself; or the same network, unsplit, replayed by the runner of blocks."""
-        if how == "eager":
+        if kind.how == "eager":
             return self.whole
-        lab = self.lab
+        lab = self._lab
         (block,) = split_model(lab.source(), 1, lab.store).blocks
         program = load(lab.store, block.digest, lab.device, precision=lab.precision)
-        return networks.run_by(program, self.rows, how)
+        return networks.run_by(program, kind.rows, kind.how)
 
     def close(self) -> None:
         for variant in self.all.values():
