@@ -23,11 +23,10 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -233,15 +232,6 @@ def _receive_all(variants: list[Any], device: str, control: Any) -> None:
         variant.close()
 
 
-def _sizes(text: str) -> Iterator[tuple[str, int]]:
-    units = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9.]+)(B|KB|MB|GB)", part.strip())
-        if match is None:
-            raise SystemExit(f"{part!r} is not a size such as 600KB")
-        yield part.strip(), int(float(match[1]) * units[match[2]])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -253,7 +243,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
     device = options.device
-    sizes = list(_sizes(options.sizes))
+    sizes = list(measured.sizes(options.sizes))
     torch.multiprocessing.set_sharing_strategy("file_system")
     directory = Path(tempfile.mkdtemp(prefix="hop-"))
     largest = max(size for _, size in sizes)

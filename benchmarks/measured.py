@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     """p50, p95 and p99 of `values`, and how many there are."""
     p50, p95, p99 = np.percentile(np.asarray(values), [50, 95, 99])
     return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "n": len(values)}
+
+
+def sizes(text: str) -> Iterator[tuple[str, int]]:
+    """`600KB,3.2MB` as labels and bytes."""
+    units = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9.]+)(B|KB|MB|GB)", part.strip())
+        if match is None:
+            raise SystemExit(f"{part!r} is not a size such as 600KB")
+        yield part.strip(), int(float(match[1]) * units[match[2]])
 
 
 def write(path: Path | None, results: Mapping[str, Any]) -> None:

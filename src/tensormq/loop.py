@@ -23,7 +23,7 @@ _GLANCES = 16
 """How often the rings are looked at before the sockets are, which takes a system call each."""
 
 _MANY_CORES = 8
-_SPIN = 200e-6
+_SPIN = 1e-3
 
 # The threads of a process share one interpreter lock: a second one that spins gains nothing.
 _spinning = threading.Lock()
