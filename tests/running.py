@@ -204,7 +204,7 @@ class Load:
         port, pipeline, model = self._arguments
         x = some_rows(2, seed=3)
         expected = answer(model, x)
-        with InferenceClient(f"http://127.0.0.1:{port}", timeout=30) as client:
+        with InferenceClient(f"http://127.0.0.1:{port}", timeout=120) as client:
             while not self._stop.is_set():
                 try:
                     got = client.infer(pipeline, {"x": x})["output"]

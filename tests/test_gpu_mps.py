@@ -76,7 +76,7 @@ def test_four_workers_are_clients_and_compute_what_the_network_does(
 def test_the_death_of_one_restarts_all_and_loses_nothing(
     wanted: dict[str, Any], run_dir: Path
 ) -> None:
-    with Server(run_dir, wanted) as server:
+    with Server(run_dir, wanted, "--request-timeout", "120") as server:
         server.wait_ready(240)
         before = pids(server)
         with contextlib.ExitStack() as stack:

@@ -23,7 +23,8 @@ SUFFIX = ".mps"
 """Of the pipe directories in a run directory: `<index>.mps`, short for the sockets in them."""
 DEVICE = "cuda:0"
 """What a worker under MPS calls its GPU: it sees no other."""
-_START_SECONDS = 30.0
+_START_SECONDS = 45.0
+"""More than a keeper takes to give up, so that it can say why."""
 _STOP_SECONDS = 10.0
 
 

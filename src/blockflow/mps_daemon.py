@@ -60,10 +60,10 @@ def missing() -> str | None:
     return None
 
 
-def ask(directory: Path, command: str) -> str:
+def ask(directory: Path, command: str, seconds: float = _ASK_SECONDS) -> str:
     """Have the daemon of the pipe directory carry out `command`; gives what it answers.
 
-    Raises StartFailed when no daemon answers there within some seconds.
+    Raises StartFailed when no daemon answers there in time.
     """
     try:
         said = subprocess.run(
@@ -71,7 +71,7 @@ def ask(directory: Path, command: str) -> str:
             input=f"{command}\n",
             capture_output=True,
             text=True,
-            timeout=_ASK_SECONDS,
+            timeout=seconds,
             env={**os.environ, PIPES: str(directory)},
             check=False,
         )
@@ -167,10 +167,11 @@ class Keeper:
             )
         except OSError as error:
             raise StartFailed(f"{CONTROL} cannot be started: {error}") from error
-        self._wait(cancelled, self._answers, "it does not answer")
+        end = time.monotonic() + _START_SECONDS
+        self._wait(end, cancelled, self._answers, f"{CONTROL} does not answer")
         # A client that comes while its server initializes is refused, so it is there before them.
-        ask(self._directory, f"start_server -uid {os.getuid()}")
-        self._wait(cancelled, self._has_server, f"{_SERVER} does not get ready")
+        ask(self._directory, f"start_server -uid {os.getuid()}", _START_SECONDS)
+        self._wait(end, cancelled, self._has_server, f"{_SERVER} does not get ready")
 
     def check(self) -> None:
         """Raises StartFailed when the daemon has ended."""
@@ -200,8 +201,9 @@ class Keeper:
             remove_cuda_leftovers(pid)
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _wait(self, cancelled: Callable[[], bool], done: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + _START_SECONDS
+    def _wait(
+        self, end: float, cancelled: Callable[[], bool], done: Callable[[], bool], what: str
+    ) -> None:
         while not done():
             self.check()
             if cancelled():
