@@ -9,11 +9,13 @@ Variants, which take turns in every round:
     replayed             the same from one CUDA graph: what every other figure is compared with
     four replayed        the four blocks in this process, each from its graph on its own stream,
                          handed over as blocks of one worker do it, but by one thread
+    fused, replayed      the four blocks in this process, run in one go from one graph
     worker: one block    the whole network as the only block of a worker
-    worker: four blocks  the four blocks in one worker
+    worker: four blocks  the four blocks in one worker, with a thread each
+    worker: fused        the four blocks in one worker, run in one go
     four workers         each of the four blocks in a worker of its own
 
-In the first three, time is from having the input on the device to having the output there. In the
+In the first four, time is from having the input on the device to having the output there. In the
 others this process stands where the gateway does: it sends tensors of its device through TensorMQ,
 and time is from the beginning of the send to having the answer on its own device. Nothing is
 batched (max_batch 1). On a GPU, its work is waited for before and after each request; the clock is
@@ -47,7 +49,7 @@ from blockflow import protocol
 from blockflow.artifact import Store
 from blockflow.export import example
 from blockflow.models import resolve
-from blockflow.program import Program, load
+from blockflow.program import Chain, Program, load
 from blockflow.protocol import Route, RouteId, Step
 from blockflow.reconcile import BlockSpec, wiring
 from blockflow.runner import Runner, prepare
@@ -133,6 +135,8 @@ class Deployed:
         options: argparse.Namespace,
         control: Control,
         number: int,
+        *,
+        fuse: bool = False,
     ) -> None:
         self.name = name
         self._device = options.device
@@ -158,6 +162,7 @@ class Deployed:
                     str(blocks.store),
                     tuple(specs[index] for index in members),
                     tuple(endpoints[index] for index in members),
+                    (tuple(specs[index].name for index in members),) if fuse else (),
                 ),
             )
             for place, members in enumerate(workers)
@@ -171,7 +176,7 @@ class Deployed:
             steps=tuple(
                 Step(spec.name, endpoint, wires, 1)
                 for spec, endpoint, wires in zip(specs, endpoints, wirings, strict=True)
-            ),
+            )[: 1 if fuse else None],
             results=f"ipc://{run_dir}/{number}.results.sock",
             inputs=manifests[0].inputs,
             outputs=manifests[-1].outputs,
@@ -350,11 +355,13 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         makers += [
             ("replayed", lambda name: Direct(name, programs(whole), graphs=True)),
             ("four replayed", lambda name: Direct(name, programs(four), graphs=True)),
+            ("fused, replayed", lambda name: Direct(name, [Chain(programs(four))], graphs=True)),
         ]
     for number, (name, workers, split) in enumerate(
         [
             ("worker: one block", [[0]], whole),
             ("worker: four blocks", [[0, 1, 2, 3]], four),
+            ("worker: fused", [[0, 1, 2, 3]], four),
             ("four workers", [[0], [1], [2], [3]], four),
         ]
     ):
@@ -362,7 +369,13 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             (
                 name,
                 lambda name, workers=workers, split=split, number=number: Deployed(
-                    name, workers, split, options, control, number
+                    name,
+                    workers,
+                    split,
+                    options,
+                    control,
+                    number,
+                    fuse="fused" in name,
                 ),
             )
         )

@@ -183,6 +183,7 @@ def test_blocks_and_pipelines_are_listed(http: Http, controller: FakeController)
         "compute_ms_mean": 1.5,
         "runner": None,
         "runner_reason": None,
+        "fused_into": None,
         "channels": [
             {"peer": "b", "carrier": "shm", "messages": 3, "bytes": 3072, "host_bytes": 0}
         ],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blockflow.artifact import Port, Store
-from blockflow.program import Program, load
+from blockflow.program import Chain, Program, load
 from blockflow.runner import GraphRunner, Loan, Runner, prepare
 from blockflow.topology import Precision
 from running import Server, four_blocks, store_model, wait_for
@@ -294,11 +294,22 @@ def test_what_is_recalled_unread_moves_and_what_is_read_stays() -> None:
     assert not second.tensors
 
 
+def test_a_chain_is_one_graph(stream: torch.cuda.Stream) -> None:
+    first, last = net(), on_gpu(lambda x: x * 2 + 1, SCORES, output=SCORES)
+    runner = prepare(Chain([first, last]), 4)
+    assert (runner.kind, runner.reason) == ("cuda graph", None)
+    for rows in (3, 1, 4):
+        x = torch.randn(rows, 3, 16, 16, device=DEVICE)
+        expected = first({"x": x})["y"] * 2 + 1
+        torch.testing.assert_close(run(runner, x), expected, rtol=0, atol=1e-2)
+
+
 @pytest.mark.slow
-def test_four_blocks_of_one_worker_are_replayed(tmp_path: Path, run_dir: Path) -> None:
+@pytest.mark.parametrize("fuse", [True, False])
+def test_four_blocks_of_one_worker_are_replayed(tmp_path: Path, run_dir: Path, fuse: bool) -> None:
     wanted, x, expected = four_blocks(Store(tmp_path / "store", create=True), "cuda:0")
     for block in wanted["blocks"].values():
-        block["worker"] = "together"
+        block |= {"worker": "together", "fuse": fuse}
     with Server(run_dir, wanted) as server:
         server.wait_ready(240)
         for rows in (1, 2, 1, 2):
@@ -314,4 +325,7 @@ def test_four_blocks_of_one_worker_are_replayed(tmp_path: Path, run_dir: Path) -
             found = [c for block in server.control.blocks() for c in block["channels"]]
             return [(c["carrier"], c["messages"]) for c in found if c["peer"] != "gateway"]
 
-        wait_for(lambda: carriers() == [("local", 4)] * 3, 5, "reports")
+        local = [] if fuse else [("local", 4)] * 3
+        wait_for(lambda: carriers() == local, 5, "reports")
+        heads = {block["fused_into"] for block in server.control.blocks()}
+        assert heads == ({None, blocks[0]["name"]} if fuse else {None})

@@ -151,6 +151,7 @@ def test_how_a_block_is_computed_is_a_reason_to_replace_its_worker() -> None:
         "precision": "fp16",
         "channels_last": True,
         "cuda_graph": False,
+        "threads": 1,
     }
     before = Topology(blocks={"a": Block(artifact=SAME.digest)})
     for name, value in settings.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blockflow.artifact import Digest, Manifest, Origin, Port
 from blockflow.errors import BlockFailed
-from blockflow.program import Program
+from blockflow.program import Chain, Program
 from blockflow.runner import EagerRunner, NotCapturable, _compare, buckets, prepare
 
 X, Y = Port("x", "float32", ("batch", 3)), Port("y", "float32", ("batch", 3))
@@ -70,10 +70,23 @@ def test_a_program_that_does_not_keep_its_manifest_is_found_out_at_the_start() -
 
 def test_rounding_is_not_a_difference_and_a_wrong_row_is() -> None:
     right = torch.tensor([[100.0, 1.0], [float("nan"), float("inf")]])
-    _compare("y", right * (1 + 1e-6), right, torch.float32)
+    _compare("y", right * (1 + 1e-6), right, {torch.float32})
     for wrong in (right.flip(0), right.nan_to_num(), right + 50):
         with pytest.raises(NotCapturable, match="replayed, y is another"):
-            _compare("y", wrong, right, torch.bfloat16)
-    _compare("y", torch.tensor([1, 2]), torch.tensor([1, 2]), torch.float32)
+            _compare("y", wrong, right, {torch.bfloat16})
+    _compare("y", torch.tensor([1, 2]), torch.tensor([1, 2]), {torch.float32})
     with pytest.raises(NotCapturable):
-        _compare("y", torch.tensor([1, 3]), torch.tensor([1, 2]), torch.float32)
+        _compare("y", torch.tensor([1, 3]), torch.tensor([1, 2]), {torch.float32})
+
+
+def test_a_chain_is_a_program_that_takes_what_its_first_takes() -> None:
+    first = program(lambda x: x + 1)
+    second = program(lambda x: x * 3, Port("whatever", "float32", ("batch", 3)))
+    chain = Chain([first, second, first])
+    assert [port.name for port in chain.manifest.inputs] == ["x"]
+    assert chain({"x": torch.ones(2, 3)})["y"].unique().tolist() == [7.0]
+
+
+def test_a_chain_is_computed_alone_if_any_part_must_be() -> None:
+    fixed = program(lambda x: x, Port("x", "float32", (2, 3)), output=Port("y", "float32", (2, 3)))
+    assert Port("y", "float32", (2, 3)) in Chain([program(lambda x: x), fixed]).ports

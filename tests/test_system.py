@@ -88,8 +88,9 @@ def test_resnet50_in_four_blocks_equals_the_monolith(store: Store, directory: Pa
         assert {c["carrier"] for c in channels_between_blocks(server, 2)} == {"shm"}
 
 
+@pytest.mark.parametrize("fuse", [True, False])
 def test_two_pipelines_share_one_copy_of_a_block(
-    store: Store, mlp: list[str], directory: Path
+    store: Store, mlp: list[str], directory: Path, fuse: bool
 ) -> None:
     other = Mlp()
     with torch.no_grad():
@@ -102,8 +103,8 @@ def test_two_pipelines_share_one_copy_of_a_block(
             "a": {"trunk": mlp[0], "middle": mlp[1], "head-a": mlp[2]},
             "b": {"trunk": mlp[0], "middle": mlp[1], "head-b": others[2]},
         },
-        trunk={"worker": "shared"},
-        middle={"worker": "shared"},
+        trunk={"worker": "shared", "fuse": fuse},
+        middle={"worker": "shared", "fuse": fuse},
     )
     wanted["pipelines"]["b"] |= {"inputs": ["image"], "outputs": ["label"]}
     wanted["blocks"] = {name.replace("_", "-"): block for name, block in wanted["blocks"].items()}
@@ -119,12 +120,21 @@ def test_two_pipelines_share_one_copy_of_a_block(
         )
         wait_for(lambda: server.block("trunk")["requests"] == 3, 5, "a report")
         trunk, middle = server.block("trunk"), server.block("middle")
-        assert trunk["requests_by_pipeline"] == {"a": 2, "b": 1}
+        for block in (trunk, middle):
+            assert block["requests_by_pipeline"] == {"a": 2, "b": 1}
         assert trunk["pid"] == middle["pid"]
         # Two workers for the heads, one for the shared blocks, one gateway.
         assert len(server.children) == 4
         local = [c for c in trunk["channels"] if c["peer"] == "middle"]
-        assert [(c["carrier"], c["messages"]) for c in local] == [("local", 3)]
+        onwards = sum(c["messages"] for c in middle["channels"] if c["peer"].startswith("head"))
+        if fuse:
+            assert (trunk["fused_into"], middle["fused_into"]) == (None, "trunk")
+            assert (trunk["channels"], middle["compute_ms_mean"]) == ([], None)
+        else:
+            assert (trunk["fused_into"], middle["fused_into"]) == (None, None)
+            assert [(c["carrier"], c["messages"]) for c in local] == [("local", 3)]
+        assert trunk["compute_ms_mean"] > 0
+        assert onwards == 3
 
 
 def test_a_bad_topology_is_refused_and_what_runs_is_untouched(

@@ -604,7 +604,9 @@ class Controller:
             if spec.mps:
                 self._sharing.add(worker)
                 blocks = tuple(msgspec.structs.replace(b, device=MPS_DEVICE) for b in blocks)
-            load = protocol.Load(str(self._store), blocks, tuple(worker.endpoints.values()))
+            load = protocol.Load(
+                str(self._store), blocks, tuple(worker.endpoints.values()), spec.chains
+            )
             left = max(0.0, end - asyncio.get_running_loop().time())
             await worker.child.command(load, left)
             if spec.mps:
@@ -692,9 +694,16 @@ class Controller:
             signature.entry,
             *(reconcile.wiring(*pair) for pair in itertools.pairwise(manifests)),
         ]
+        # A chain is one step: it takes what its first block takes and gives what its last gives.
+        inner = {block for worker in workers for chain in worker.spec.chains for block in chain[1:]}
+        stops = [
+            (block, worker, wiring)
+            for block, worker, wiring in zip(blocks, workers, wirings, strict=True)
+            if block not in inner
+        ]
         steps = tuple(
             Step(block, worker.endpoints[block], wiring, deployed.topology.blocks[block].max_batch)
-            for block, worker, wiring in zip(blocks, workers, wirings, strict=True)
+            for block, worker, wiring in stops
         )
         route = Route(
             id=RouteId(next(self._route_ids)),
@@ -706,7 +715,7 @@ class Controller:
             gives=signature.results,
             max_batch=deployed.topology.blocks[blocks[0]].max_batch,
         )
-        return _Road(route, workers)
+        return _Road(route, tuple(worker for _, worker, _ in stops))
 
     async def _tell(
         self,
@@ -1120,6 +1129,7 @@ def _block_statuses(
             compute_ms_mean=known.compute_ms / known.batches if known and known.batches else None,
             runner=known.runner if known else None,
             runner_reason=known.runner_reason if known else None,
+            fused_into=known.fused_into if known else None,
             channels=tuple(
                 ChannelStatus(
                     peer=names.get(c.endpoint, c.endpoint.removeprefix("local:")),

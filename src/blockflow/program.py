@@ -7,11 +7,13 @@ operator, such as those that write files: they are code, and to be trusted like 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from blockflow.archive import first_line
 from blockflow.artifact import PROGRAM_FILE, Manifest, Store
 from blockflow.errors import ModelRefused
 from blockflow.graph import compute_in, plain_module, put_channels_last
+from blockflow.reconcile import wiring
 from blockflow.topology import Precision
 from blockflow.weights import read_program
 
@@ -53,6 +56,10 @@ class Program:
         self.manifest = manifest
         self.device = device
         self.dtype = dtype
+        self.dtypes = frozenset({dtype})
+        """What float32 is computed in, somewhere on the way."""
+        self.ports = manifest.inputs + manifest.outputs
+        """Every tensor that goes in or out, or from one part to the next."""
         self._call = call
         self._channels_last = channels_last
         self._inputs = tuple(port.name for port in manifest.inputs)
@@ -74,6 +81,34 @@ class Program:
         if self._channels_last and tensor.dim() == 4:
             return tensor.to(dtype, memory_format=torch.channels_last)
         return tensor.to(dtype)
+
+
+class Chain(Program):
+    """Programs of one device, each of which takes what the one before gives, as one program.
+
+    It takes what the first takes, and gives what the last gives.
+    """
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        first, last = programs[0], programs[-1]
+        manifest = msgspec.structs.replace(
+            first.manifest, outputs=last.manifest.outputs, mutates_inputs=False
+        )
+        super().__init__(manifest, first.device, self._through)
+        self._programs = tuple(programs)
+        self._wirings = [
+            wiring(before.manifest, after.manifest)
+            for before, after in itertools.pairwise(programs)
+        ]
+        self.ports = tuple(port for program in programs for port in program.ports)
+        self.dtypes = frozenset(program.dtype for program in programs)
+
+    def _through(self, *tensors: Tensor) -> Sequence[Tensor]:
+        first, *others = self._programs
+        found = first(dict(zip(self._inputs, tensors, strict=True)))
+        for program, wires in zip(others, self._wirings, strict=True):
+            found = program({mine: found[theirs] for mine, theirs in wires.items()})
+        return [found[name] for name in self._outputs]
 
 
 def load(

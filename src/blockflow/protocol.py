@@ -70,11 +70,15 @@ class Model(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag="load"):
-    """Load blocks from the store and get them ready; endpoints are one for each block."""
+    """Load blocks from the store and get them ready; endpoints are one for each block.
+
+    The blocks of a chain are run in one go, under the name and at the endpoint of the first.
+    """
 
     store: str
     blocks: tuple[BlockSpec, ...]
     endpoints: tuple[str, ...]
+    chains: tuple[tuple[BlockName, ...], ...] = ()
 
 
 class Connect(msgspec.Struct, frozen=True, tag="connect"):
@@ -168,7 +172,9 @@ class BlockReport(msgspec.Struct, frozen=True):
     """`compute_ms` is the sum over `batches`; on a GPU as the device's own events measured it.
 
     `batch_sizes` counts requests per batch, `queued` the requests that wait now. `runner` is
-    "cuda graph" or "eager"; `runner_reason` says why a block on a GPU runs eagerly.
+    "cuda graph" or "eager"; `runner_reason` says why a block on a GPU runs eagerly. A block that is
+    run in one go with the ones before it is `fused_into` the first of them: what can be told of all
+    of them together is told there, and the last one has the channels.
     """
 
     block: BlockName
@@ -181,6 +187,7 @@ class BlockReport(msgspec.Struct, frozen=True):
     channels: tuple[ChannelReport, ...]
     runner: str
     runner_reason: str | None = None
+    fused_into: BlockName | None = None
 
 
 class WorkerReport(msgspec.Struct, frozen=True, tag="worker"):

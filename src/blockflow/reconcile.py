@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import msgspec
 
 from blockflow.artifact import BATCH, Digest, Manifest, Port
+from blockflow.fusion import chains
 from blockflow.topology import (
     Block,
     BlockName,
@@ -39,18 +40,21 @@ class BlockSpec(msgspec.Struct, frozen=True):
     precision: Precision = "fp32"
     channels_last: bool = False
     cuda_graph: bool = True
+    threads: int | None = None
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
     """A process that should exist. `blocks` is sorted by name, so equal specs compare equal.
 
     `mps`: it shares its GPU with the device's other workers under MPS, and dies with them.
+    `chains` are those of its blocks that are fused, first to last.
     """
 
     name: WorkerName
     device: str
     blocks: tuple[BlockSpec, ...]
     mps: bool = False
+    chains: tuple[tuple[BlockName, ...], ...] = ()
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -172,10 +176,18 @@ def plan_workers(topology: Topology, mps: Collection[str] = ()) -> dict[WorkerNa
             precision=block.precision,
             channels_last=block.channels_last,
             cuda_graph=block.cuda_graph,
+            threads=block.threads,
         )
         members[WorkerName(block.worker or name)].append(spec)
+    fused = chains(topology)
     return {
-        worker: WorkerSpec(worker, blocks[0].device, tuple(blocks), blocks[0].device in mps)
+        worker: WorkerSpec(
+            worker,
+            blocks[0].device,
+            tuple(blocks),
+            blocks[0].device in mps,
+            tuple(chain for chain in fused if topology.blocks[chain[0]].worker == worker),
+        )
         for worker, blocks in sorted(members.items())
     }
 
@@ -220,6 +232,8 @@ def _replacement(old: WorkerSpec, new: WorkerSpec) -> str:
                 changes.append(f"block {name}: {setting} {_brief(before)} → {_brief(after)}")
     if old.mps != new.mps:
         changes.append("under MPS" if new.mps else "without MPS")
+    changes += [f"{_path(chain)} fused" for chain in set(new.chains) - set(old.chains)]
+    changes += [f"{_path(chain)} apart" for chain in set(old.chains) - set(new.chains)]
     return f"replace worker {new.name} ({'; '.join(sorted(changes)) or 'as it is'})"
 
 
@@ -235,9 +249,9 @@ def _pipeline_actions(before: Topology, after: Topology) -> Iterator[str]:
     for name, pipeline in after.pipelines.items():
         old = before.pipelines.get(name)
         if old is None:
-            yield f"add pipeline {name}: {_path(pipeline)}"
+            yield f"add pipeline {name}: {_path(pipeline.blocks)}"
         elif old.blocks != pipeline.blocks:
-            yield f"change pipeline {name}: {_path(old)} becomes {_path(pipeline)}"
+            yield f"change pipeline {name}: {_path(old.blocks)} becomes {_path(pipeline.blocks)}"
         elif old != pipeline:
             yield f"change pipeline {name}: other names of its inputs or outputs"
     for name in before.pipelines:
@@ -245,8 +259,8 @@ def _pipeline_actions(before: Topology, after: Topology) -> Iterator[str]:
             yield f"remove pipeline {name}"
 
 
-def _path(pipeline: Pipeline) -> str:
-    return " → ".join(pipeline.blocks)
+def _path(blocks: Sequence[str]) -> str:
+    return " → ".join(blocks)
 
 
 def _artifact_problems(

@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -146,7 +146,7 @@ class GraphRunner:
         self._stream = torch.cuda.current_stream(program.device)
         self._loans: list[Loan] = []
         manifest = program.manifest
-        with_rows = {has_rows(port) for port in manifest.inputs + manifest.outputs}
+        with_rows = {has_rows(port) for port in program.ports}
         if len(with_rows) > 1:
             raise NotCapturable("some of its tensors have a batch dimension and others have none")
         self._batched = with_rows == {True}
@@ -257,7 +257,7 @@ class GraphRunner:
                 expected = self._program(given)
                 self.take({name: (tensor,) for name, tensor in given.items()})
                 for name, found in self.run().items():
-                    _compare(name, found, expected[name], self._program.dtype)
+                    _compare(name, found, expected[name], self._program.dtypes)
             below = bucket.rows
 
 
@@ -357,12 +357,14 @@ def _apart(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[
     }
 
 
-def _compare(name: str, found: Tensor, expected: Tensor, computed_in: torch.dtype) -> None:
+def _compare(
+    name: str, found: Tensor, expected: Tensor, computed_in: Collection[torch.dtype]
+) -> None:
     if not expected.dtype.is_floating_point:
         same = torch.equal(found, expected)
     else:
         size = torch.nan_to_num(expected.double(), posinf=0.0, neginf=0.0).abs()
-        tolerance = max(_tolerance(expected.dtype), _tolerance(computed_in))
+        tolerance = max(map(_tolerance, {expected.dtype, *computed_in}))
         bound = tolerance * float(size.max() if size.numel() else 0.0)
         same = torch.allclose(
             found.double(), expected.double(), rtol=0.0, atol=bound, equal_nan=True

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from blockflow.artifact import BATCH
 from blockflow.batching import Limits, Waiting, decide
+from blockflow.cores import Cores
 from blockflow.counting import BATCH_SIZES, Buckets
 from blockflow.errors import BlockFailed, BlockFlowError, DeadlineExceeded, Unavailable
 from blockflow.ledger import Ledger, ledger_path
@@ -129,7 +130,7 @@ class Block:
     endpoint: where its inputs arrive. neighbours: the blocks of this worker by endpoint, to which
     tensors are handed in the process. on_fatal: called with the reason when the device's context is
     lost, after which nothing in this process can compute. slots: messages that may be under way to
-    the blocks that follow.
+    the blocks that follow. fused: the blocks that are run in one go with it, and are in `program`.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Block:
         neighbours: Mapping[str, Block],
         on_fatal: Callable[[str], None],
         slots: int = 4,
+        fused: Sequence[BlockName] = (),
     ) -> None:
         self.spec = spec
         self.endpoint = endpoint
@@ -147,13 +149,13 @@ class Block:
         self._neighbours = neighbours
         self._on_fatal = on_fatal
         self._slots = slots
+        self._fused = tuple(fused)
         self._device = torch.device(spec.device)
         self._gpu = self._device.type == "cuda"
-        ports = program.manifest.inputs + program.manifest.outputs
         self._limits = Limits(
             max_rows=spec.max_batch,
             max_delay=spec.max_delay_ms / 1000,
-            alone=any(not port.shape or port.shape[0] != BATCH for port in ports),
+            alone=any(not port.shape or port.shape[0] != BATCH for port in program.ports),
         )
         self._loop = Loop()
         self._queue: deque[_Item] = deque()
@@ -165,6 +167,7 @@ class Block:
         # Launched and not known to be done: begin, end, the requests in it. Empty on a CPU.
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[int]]] = deque()
         self._busy_until = float("-inf")
+        self._threads = 0
         self._stopping = False
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name=f"block {spec.name}")
@@ -209,7 +212,32 @@ class Block:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def report(self) -> BlockReport:
+    def reports(self) -> tuple[BlockReport, ...]:
+        """What there is to say of this block and of those that are fused into it."""
+        mine = self._report()
+        if not self._fused:
+            return (mine,)
+        part = BlockReport(
+            block=mine.block,
+            requests=mine.requests,
+            failures=0,
+            queued=0,
+            batches=0,
+            batch_sizes=Buckets(BATCH_SIZES).snapshot(),
+            compute_ms=0.0,
+            channels=(),
+            runner=mine.runner,
+            runner_reason=mine.runner_reason,
+            fused_into=mine.block,
+        )
+        *between, last = self._fused
+        return (
+            msgspec.structs.replace(mine, channels=()),
+            *(msgspec.structs.replace(part, block=name) for name in between),
+            msgspec.structs.replace(part, block=last, channels=mine.channels),
+        )
+
+    def _report(self) -> BlockReport:
         counts = self._counts
         push = getattr(self, "_push", None)
         channels = [
@@ -287,7 +315,9 @@ class Block:
         self._pull.on_torn = lambda: self._on_fatal(
             f"block {self.spec.name}: the block before it died in the middle of a tensor"
         )
-        self._ledger = Ledger(ledger_path(self.endpoint))
+        path = ledger_path(self.endpoint)
+        self._ledger = Ledger(path)
+        self._cores = Cores(path.with_name("cores"), path.name, self.spec.threads)
         self._push.on_lost = lambda peer: log.info("lost %s: %s", peer.endpoint, peer.lost)
 
     def _close(self) -> None:
@@ -297,6 +327,7 @@ class Block:
         self._push.close()
         self._loop.close()
         self._ledger.close()
+        self._cores.close()
 
     # The thread: taking, computing, handing on
 
@@ -408,7 +439,8 @@ class Block:
             inputs = self._gather(batch, reading)
             began = self._event(timing=True)
             self._runner.take(inputs)
-        outputs = self._runner.run()
+        with self._on_cores():
+            outputs = self._runner.run()
         ended = self._event(timing=True)
         finished = time.monotonic()
         self._counts.batches += 1
@@ -438,6 +470,21 @@ class Block:
                 for name, tensor in outputs.items()
             }
             self._hand_on(batch[first:last], hops[first:last], mine, lent)
+
+    @contextlib.contextmanager
+    def _on_cores(self) -> Iterator[None]:
+        """Compute with this block's part of the cores. A GPU has no use for them."""
+        if self._gpu:
+            yield
+            return
+        threads = self._cores.take()
+        try:
+            if threads != self._threads:
+                torch.set_num_threads(threads)  # of this thread alone
+                self._threads = threads
+            yield
+        finally:
+            self._cores.give_back()
 
     def _gather(
         self, batch: Sequence[_Item], reading: contextlib.ExitStack

@@ -72,6 +72,9 @@ class BlockStatus(_Frozen):
     runner_reason: str | None = Field(
         None, description="why a block on a GPU is not run from CUDA graphs"
     )
+    fused_into: str | None = Field(
+        None, description="the first of the blocks with which it is run in one go, and timed"
+    )
     channels: tuple[ChannelStatus, ...] = ()
 
 

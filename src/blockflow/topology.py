@@ -75,6 +75,19 @@ class Block(_Frozen):
     cuda_graph: bool = Field(
         True, strict=True, description="replay the block from CUDA graphs, where it can be captured"
     )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        strict=True,
+        description="most threads on the CPU; by default all cores, divided among the blocks that "
+        "compute at the same moment",
+    )
+    fuse: bool = Field(
+        True,
+        strict=True,
+        description="run in one go with the neighbours in its worker that nothing else leads to",
+    )
 
 
 class Pipeline(_Frozen):
@@ -312,6 +325,8 @@ _EXPECTED = {
     "channels_last": "must be true or false",
     "cuda_graph": "must be true or false",
     "mps": "must be auto, on or off",
+    "fuse": "must be true or false",
+    "threads": "must be a whole number from 1 to 1024",
     "store": "must be the path of a directory",
 }
 

@@ -69,7 +69,7 @@ class Worker:
             if not self._fatal.empty():
                 log.critical("%s", self._fatal.get())
                 return 70
-            reports = tuple(block.report() for block in self._loaded)
+            reports = tuple(report for block in self._loaded for report in block.reports())
             self._control.say(protocol.WorkerReport(reports))
 
     def _ring(self) -> None:
@@ -106,8 +106,9 @@ class Worker:
         from blockflow.runtime import Block  # noqa: PLC0415
 
         store = Store(Path(load.store))
+        loaded: dict[str, programs.Program] = {}
         started = []
-        for spec, endpoint in zip(load.blocks, load.endpoints, strict=True):
+        for spec in load.blocks:
             try:
                 program = programs.load(
                     store,
@@ -118,7 +119,16 @@ class Worker:
                 )
             except (BlockFlowError, RuntimeError) as error:
                 raise StartFailed(f"block {spec.name} cannot be loaded: {error}") from error
-            block = Block(spec, program, endpoint, self._blocks, self._die)
+            loaded[spec.name] = program
+        fused = {chain[0]: chain[1:] for chain in load.chains}
+        inner = {name for others in fused.values() for name in others}
+        for spec, endpoint in zip(load.blocks, load.endpoints, strict=True):
+            if spec.name in inner:
+                continue
+            program, others = loaded[spec.name], fused.get(spec.name, ())
+            if others:
+                program = programs.Chain([program, *(loaded[name] for name in others)])
+            block = Block(spec, program, endpoint, self._blocks, self._die, fused=others)
             self._blocks[endpoint] = block
             started.append(block)
         for block in started:

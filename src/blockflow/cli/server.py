@@ -262,7 +262,7 @@ def _print_status(
                 each.state.value,
                 each.worker,
                 short_digest(each.artifact),
-                each.runner or "-",
+                f"in {each.fused_into}" if each.fused_into else each.runner or "-",
                 str(each.requests),
                 "-" if each.compute_ms_mean is None else f"{each.compute_ms_mean:.2f}",
             )
@@ -305,6 +305,7 @@ def _print_status(
     reasons += [
         (f"block {each.name}", each.runner_reason and f"runs eagerly: {each.runner_reason}")
         for each in blocks
+        if each.fused_into is None
     ]
     reasons += [(f"MPS of {name}", each.reason) for name, each in mps.items()]
     for what, reason in reasons:

@@ -1,0 +1,73 @@
+"""The cores of this host, divided among the blocks that compute at the same moment.
+
+A block that computes alone should have all cores, and blocks that compute side by side should not
+each have as many threads as there are cores: their threads would wait at each other's barriers. So
+every block on the CPU notes in a page that all workers of a server share since when it computes,
+and takes its part of the cores, by the number of blocks that do, for as long as it computes.
+
+The page is a hint, written without locks. A block that died while it computed counts for a while.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+
+_PLACES = mmap.PAGESIZE // 8
+_FORGOTTEN = 5.0
+"""Seconds after which a block that computes no longer counts: it may be dead."""
+
+
+def available() -> int:
+    """The cores that this process may use: by affinity, and by the quota of its control group."""
+    cores = len(os.sched_getaffinity(0))
+    quota = _quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def _quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
+    """Cores by the second version of control groups, as a container sees its own; None if any."""
+    try:
+        quota, period = path.read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
+
+
+class Cores:
+    """One block's part of the cores. path: the page. block: a name that no other block has.
+
+    most: threads that the block may have at all; every core by default.
+    """
+
+    def __init__(self, path: Path, block: str, most: int | None = None) -> None:
+        self._cores = available()
+        self._most = min(most or self._cores, self._cores)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, _PLACES * 8)
+            self._page = mmap.mmap(fd, _PLACES * 8)
+        finally:
+            os.close(fd)
+        # Two blocks in one place are counted as one, which costs some time and breaks nothing.
+        self._offset = zlib.crc32(block.encode()) % _PLACES * 8
+
+    def take(self) -> int:
+        """Begin to compute: how many threads to do it with."""
+        now = time.monotonic()
+        struct.pack_into("<d", self._page, self._offset, now)
+        begun = struct.unpack_from(f"<{_PLACES}d", self._page)
+        busy: int = sum(now - since < _FORGOTTEN for since in begun if since)
+        return max(1, min(self._most, self._cores // max(1, busy)))
+
+    def give_back(self) -> None:
+        """The computation is over."""
+        struct.pack_into("<d", self._page, self._offset, 0.0)
+
+    def close(self) -> None:
+        self.give_back()
+        self._page.close()
