@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+from blockflow.artifact import Manifest
 from blockflow.devices import Mps
 from blockflow.edit import Change, Conflict, Terms, Verb
-from blockflow.errors import NotFound
+from blockflow.errors import NotFound, UploadsOff
 from blockflow.status import (
     ApplyResult,
     BlockState,
@@ -82,6 +83,11 @@ class FakeController:
         return ApplyResult(
             generation=self.generation, dry_run=terms.dry_run, start=(block,), stop=(block,)
         )
+
+    async def receive(self, digest: str, body: AsyncIterator[bytes]) -> Manifest:
+        async for _ in body:
+            pass
+        raise UploadsOff(f"nothing is stored here, and so {digest} is not")
 
     async def history(self, limit: int) -> list[GenerationRecord]:
         return self.records[:limit]

@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from blockflow import __version__, dashboard, edit, telemetry
 from blockflow import topology as topology_file
 from blockflow.access import RequireToken, SameHostOnly
+from blockflow.artifact import Manifest
 from blockflow.devices import Mps, Survey, survey
 from blockflow.edit import Change, Terms, Verb
 from blockflow.errors import BlockFlowError, RequestTooLarge, TopologyInvalid, Unavailable
@@ -61,6 +62,10 @@ class Controller(Protocol):
 
     async def restart(self, block: BlockName, terms: Terms) -> ApplyResult:
         """Replace the process of the worker that hosts `block`."""
+        ...
+
+    async def receive(self, digest: str, body: AsyncIterator[bytes]) -> Manifest:
+        """Take the artifact `digest` into the store, out of a tar file."""
         ...
 
     async def history(self, limit: int) -> list[GenerationRecord]:
@@ -111,6 +116,12 @@ class BlockLogs(BaseModel):
     lines: list[str]
 
 
+class Artifact(BaseModel):
+    digest: str
+    files: dict[str, int] = Field(description="its files in the store, and their bytes")
+    parameter_bytes: int
+
+
 class Rollback(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -140,6 +151,7 @@ def create_app(controller: Controller, token: str | None = None) -> FastAPI:
     _answer_errors(app)
     app.include_router(_topology_routes(controller))
     app.include_router(_edit_routes(controller))
+    app.include_router(_artifact_routes(controller))
     app.include_router(_status_routes(controller))
     app.router.routes.append(telemetry.metrics_route(controller))
     app.router.routes.extend(dashboard.routes())
@@ -153,7 +165,7 @@ def _topology_routes(controller: Controller) -> APIRouter:
     @app.put(
         "/v1/topology",
         openapi_extra=_TOPOLOGY_BODY,
-        responses=_failures(412, 413, 415, 500),
+        responses=_failures(409, 412, 413, 415, 500),
     )
     async def put_topology(
         request: Request, terms: Annotated[Terms, Depends(_terms)]
@@ -221,7 +233,7 @@ def _edit_routes(controller: Controller) -> APIRouter:
     @app.patch(
         "/v1/blocks/{name}",
         openapi_extra=_body_schema(_partial(Block)),
-        responses=_failures(404, 412, 413, 500),
+        responses=_failures(404, 409, 412, 413, 500),
     )
     async def patch_block(
         name: str, request: Request, terms: Annotated[Terms, Depends(_terms)]
@@ -241,7 +253,7 @@ def _edit_routes(controller: Controller) -> APIRouter:
         """Remove a block that no pipeline uses."""
         return await controller.update(edit.remove_block(name, cascade), Verb.DELETE, terms)
 
-    @app.post("/v1/blocks/{name}/restart", responses=_failures(404, 412, 500))
+    @app.post("/v1/blocks/{name}/restart", responses=_failures(404, 409, 412, 500))
     async def restart_block(name: str, terms: Annotated[Terms, Depends(_terms)]) -> ApplyResult:
         """Replace the process of the block's worker; requests go on."""
         return await controller.restart(BlockName(name), terms)
@@ -261,7 +273,7 @@ def _edit_routes(controller: Controller) -> APIRouter:
     @app.patch(
         "/v1/pipelines/{name}",
         openapi_extra=_body_schema(_partial(Pipeline)),
-        responses=_failures(404, 412, 413, 500),
+        responses=_failures(404, 409, 412, 413, 500),
     )
     async def patch_pipeline(
         name: str, request: Request, terms: Annotated[Terms, Depends(_terms)]
@@ -270,10 +282,31 @@ def _edit_routes(controller: Controller) -> APIRouter:
         settings = await _object(request)
         return await controller.update(edit.change_pipeline(name, settings), Verb.CONFIGURE, terms)
 
-    @app.delete("/v1/pipelines/{name}", responses=_failures(404, 412, 500))
+    @app.delete("/v1/pipelines/{name}", responses=_failures(404, 409, 412, 500))
     async def delete_pipeline(name: str, terms: Annotated[Terms, Depends(_terms)]) -> ApplyResult:
         """Remove a pipeline; its blocks stay."""
         return await controller.update(edit.remove_pipeline(name), Verb.DELETE, terms)
+
+    return app
+
+
+def _artifact_routes(controller: Controller) -> APIRouter:
+    """What `blockflow store push` sends."""
+    app = APIRouter(tags=["artifacts"])
+
+    @app.put(
+        "/v1/artifacts/{digest}",
+        openapi_extra=_TAR_BODY,
+        responses=_failures(400, 403, 413, 500),
+    )
+    async def put_artifact(digest: str, request: Request) -> Artifact:
+        """Store an artifact (a tar file) once all its digests are checked. Off by default."""
+        manifest = await controller.receive(digest, request.stream())
+        return Artifact(
+            digest=manifest.digest,
+            files={name: file.bytes for name, file in manifest.files.items()},
+            parameter_bytes=manifest.parameter_bytes,
+        )
 
     return app
 
@@ -514,6 +547,13 @@ def _answer_errors(app: FastAPI) -> None:
     app.exception_handler(ClientDisconnect)(gone)
     app.exception_handler(Exception)(unexpected)
 
+
+_TAR_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 
 _TOPOLOGY_BODY: dict[str, Any] = {
     "requestBody": {

@@ -198,7 +198,7 @@ class Store:
             if final.exists():
                 return self.manifest(digest)
             self.sweep()
-            with self._room_for(digest), self._draft() as draft:
+            with self._room_for(digest), self.draft() as draft:
                 write(draft)
                 stored = msgspec.structs.replace(manifest, files=_seal(draft))
                 _write_durably(draft / _MANIFEST, encode_manifest(stored))
@@ -457,7 +457,7 @@ class Store:
         return Garbage(artifacts=tuple(artifacts), tensors=tuple(tensors), bytes=count)
 
     def _remove(self, digest: Digest) -> None:
-        with self._draft() as draft:
+        with self.draft() as draft:
             path = self.path(digest)
             path.rename(draft / digest)
             with contextlib.suppress(OSError):  # others are left in it
@@ -478,7 +478,7 @@ class Store:
         return swept
 
     @contextlib.contextmanager
-    def _draft(self) -> Iterator[Path]:
+    def draft(self) -> Iterator[Path]:
         """A new directory of this file system, locked for as long as this process writes to it.
 
         The lock is what tells a writer at work from one that was killed: the kernel drops it with

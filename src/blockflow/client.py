@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import IO, Any, Literal, Self, TypeAlias
 from urllib.parse import quote
 
 import httpx
@@ -292,6 +292,19 @@ class ControlClient(_Client):
         """Replace the process that hosts `block`; no request is lost."""
         path = f"/v1/blocks/{_segment(block)}/restart"
         return self._change("POST", path, None, dry_run, match)
+
+    def push(self, digest: str, tar: IO[bytes]) -> dict[str, Any]:
+        """Store an artifact, given as the tar file that `upload.pack` writes.
+
+        Raises InvalidInput when it is damaged, not what its digest names, or uploads are off.
+        """
+        answer: dict[str, Any] = self._ask(
+            "PUT",
+            f"/v1/artifacts/{_segment(digest)}",
+            content=iter(lambda: tar.read(1 << 20), b""),
+            headers={"content-type": "application/x-tar"},
+        )
+        return answer
 
     def logs(self, block: str, tail: int = 100) -> list[str]:
         """The last lines that the block's process has written."""

@@ -19,10 +19,18 @@ from typing import Any
 
 import msgspec
 
-from blockflow import devices, edit, ledger, protocol, reconcile
+from blockflow import devices, edit, ledger, protocol, reconcile, upload
 from blockflow.artifact import Digest, Manifest, Store
 from blockflow.edit import Terms, Verb
-from blockflow.errors import BlockFlowError, NotFound, StartFailed, TopologyInvalid
+from blockflow.errors import (
+    BlockFlowError,
+    InvalidInput,
+    NotFound,
+    NotInTime,
+    StartFailed,
+    TopologyInvalid,
+    UploadsOff,
+)
 from blockflow.events import Journal
 from blockflow.mps import DEVICE as MPS_DEVICE
 from blockflow.mps import Mps
@@ -132,6 +140,7 @@ class Controller:
         self._results = ""
         self._route_ids = itertools.count(1)
         self._lock = asyncio.Lock()
+        self._uploads = asyncio.Lock()
         self._deaths: dict[str, deque[float]] = {}
         self._repairs: set[asyncio.Task[None]] = set()
         self._eyes: asyncio.Task[None] | None = None
@@ -224,7 +233,7 @@ class Controller:
                 if not isinstance(error, StartFailed):
                     raise
                 await self._fail(new, verb, str(error))
-                raise StartFailed(f"{error}; the old generation keeps serving") from error
+                raise type(error)(f"{error}; the old generation keeps serving") from error
             await self._supplant(new, [old.workers[spec.name] for spec in plan.stop])
             self._journal.write(EventKind.GENERATION_APPLIED, str(number), f"by {verb}")
             log.info("generation %d serves", number)
@@ -287,11 +296,26 @@ class Controller:
                 await self._give_up(new)
                 if not isinstance(error, StartFailed):
                     raise
-                raise StartFailed(f"{error}; the old process keeps serving") from error
+                raise type(error)(f"{error}; the old process keeps serving") from error
             self._deaths.pop(_fate(old.spec), None)
             await self._supplant(new, [old])
             log.info("worker %s was restarted", name)
             return result
+
+    async def receive(self, digest: str, body: AsyncIterator[bytes]) -> Manifest:
+        """Take an artifact into the store; see `upload.receive` for what it raises.
+
+        Raises UploadsOff, and InvalidInput while no store is known.
+        """
+        if not self._options.allow_uploads:
+            raise UploadsOff("this server takes no artifacts; start it with --allow-uploads")
+        if self._store is None:
+            raise InvalidInput("this server has no store yet; start it with --store")
+        async with self._uploads:
+            store = await asyncio.to_thread(Store, self._store, create=True)
+            manifest = await upload.receive(store, digest, body, self._options.max_upload_bytes)
+        log.info("artifact %s was uploaded", digest)
+        return manifest
 
     async def history(self, limit: int) -> list[GenerationRecord]:
         return await asyncio.to_thread(self._state.history, limit)
@@ -505,7 +529,10 @@ class Controller:
             if not isinstance(failure, StartFailed):
                 raise failure
         if failures:
-            raise StartFailed("; ".join(str(failure) for failure in failures))
+            # Only the caller's own limit is the caller's to answer for.
+            late = timeout_s is not None and all(isinstance(each, NotInTime) for each in failures)
+            error = NotInTime if late else StartFailed
+            raise error("; ".join(str(failure) for failure in failures))
         target = _Deployed(
             target.generation,
             target.topology,

@@ -4,6 +4,7 @@
     ├── InvalidInput           the caller's fault: HTTP 400
     │   ├── TopologyInvalid    every problem of a refused topology: HTTP 422
     │   ├── ModelRefused       a model or file that cannot become blocks
+    │   ├── UploadsOff         artifacts are not taken: HTTP 403
     │   ├── Poisonous          a request that every worker died of: HTTP 422
     │   └── RequestInvalid     a malformed inference request
     │       └── RequestTooLarge                                   HTTP 413
@@ -14,6 +15,7 @@
     │   └── BlockFailed        a block failed while it held the request: HTTP 500
     ├── DeadlineExceeded       the request's time ran out: HTTP 504
     └── StartFailed            a process or block did not come up
+        └── NotInTime          within the time that the caller gave: HTTP 409
 
 A message says what happened, to which object, and what to do about it.
 """
@@ -59,6 +61,12 @@ class RequestInvalid(InvalidInput):
     """A client's inference request that does not fit the pipeline or the protocol."""
 
 
+class UploadsOff(InvalidInput):
+    """The server was not told to take artifacts from others."""
+
+    status = 403
+
+
 class RequestTooLarge(RequestInvalid):
     status = 413
 
@@ -97,3 +105,9 @@ class DeadlineExceeded(BlockFlowError):
 
 class StartFailed(BlockFlowError):
     """A process or a block did not become ready; the message carries its own last words."""
+
+
+class NotInTime(StartFailed):
+    """It did not become ready within the time that whoever asked for it gave."""
+
+    status = 409

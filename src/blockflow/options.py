@@ -59,6 +59,10 @@ class ServeOptions(BaseModel):
         None, description="directory for sockets, readable by its owner alone; default: a new one"
     )
     max_body_bytes: int = Field(64 << 20, ge=1, description="largest inference request")
+    allow_uploads: bool = Field(
+        False, description="take artifacts over the management API into the store"
+    )
+    max_upload_bytes: int = Field(4 << 30, ge=1, description="largest artifact to take")
     request_timeout_s: float = Field(30, gt=0, description="time a request may take")
     queue_depth: int = Field(
         32, ge=1, description="requests in flight per entry block before new ones are refused"

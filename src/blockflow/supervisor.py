@@ -19,7 +19,7 @@ import zmq.asyncio
 
 from blockflow import protocol
 from blockflow.child import remove_cuda_leftovers
-from blockflow.errors import StartFailed
+from blockflow.errors import NotInTime, StartFailed
 from blockflow.protocol import Incarnation
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class Child:
         elif self._exited.done():
             raise StartFailed(f"{self.name} ended before it could {what}: {self._exited.result()}")
         else:
-            raise StartFailed(f"{self.name} did not {what} within {seconds:g} s")
+            raise NotInTime(f"{self.name} did not {what} within {seconds:.3g} s")
 
     async def _watch(self) -> str:
         status = await self._process.wait()

@@ -98,6 +98,12 @@ def serve(
     max_body_bytes: Annotated[int, flag("max_body_bytes", "--max-body-bytes")] = default(
         "max_body_bytes"
     ),
+    allow_uploads: Annotated[bool, flag("allow_uploads", "--allow-uploads")] = default(
+        "allow_uploads"
+    ),
+    max_upload_bytes: Annotated[int, flag("max_upload_bytes", "--max-upload-bytes")] = default(
+        "max_upload_bytes"
+    ),
     request_timeout_s: Annotated[float, flag("request_timeout_s", "--request-timeout")] = default(
         "request_timeout_s"
     ),
@@ -134,6 +140,8 @@ def serve(
                 "tls_cert": tls_cert,
                 "tls_key": tls_key,
                 "max_body_bytes": max_body_bytes,
+                "allow_uploads": allow_uploads,
+                "max_upload_bytes": max_upload_bytes,
                 "request_timeout_s": request_timeout_s,
                 "queue_depth": queue_depth,
                 "max_slowdown": max_slowdown,

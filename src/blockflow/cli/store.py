@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +11,12 @@ import typer
 from rich.console import Console
 
 from blockflow.artifact import Store
-from blockflow.cli.command import app, read_topology, verb
-from blockflow.cli.server import CaFile, TokenFile, connect
+from blockflow.cli.command import CONTROL, app, read_topology, verb
+from blockflow.cli.server import CaFile, Server, TokenFile, connect
 from blockflow.cli.text import print_table, short_digest, size
 from blockflow.errors import InvalidInput, StoreCorrupt
 from blockflow.topology import Topology, parse
+from blockflow.upload import pack
 
 store_app = typer.Typer(help="Look into the artifact store, check it, and clean it up.")
 app.add_typer(store_app, name="store", no_args_is_help=True)
@@ -101,6 +103,31 @@ def verify_artifacts(
         typer.echo(f"{damaged} of {len(wanted)} artifacts are damaged", err=True)
         raise typer.Exit(1)
     typer.echo(f"{len(wanted)} artifact{'' if len(wanted) == 1 else 's'} verified")
+
+
+@store_app.command("push")
+@verb
+def push_artifacts(
+    digests: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DIGEST...", help="artifacts to send; default: all of them"),
+    ] = None,
+    server: Server = CONTROL,
+    token_file: TokenFile = None,
+    ca_file: CaFile = None,
+    store: StoreOption = Path("store"),
+) -> None:
+    """Send artifacts to a server that takes them (`serve --allow-uploads`)."""
+    place = Store(store)
+    wanted = [place.find(each) for each in digests or ()] or place.digests()
+    with connect(server, token_file, ca_file, timeout=600) as client:
+        for digest in wanted:
+            with tempfile.TemporaryFile() as tar:
+                pack(place, digest, tar)
+                sent = tar.tell()
+                tar.seek(0)
+                client.push(digest, tar)
+            typer.echo(f"{short_digest(digest)}: {size(sent)}")
 
 
 @store_app.command("gc")
