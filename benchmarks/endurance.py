@@ -177,6 +177,7 @@ def kill_servers(place: Path, store: Store, mlp: list[str], kills: int) -> dict[
                 outcomes["decided and not yet acknowledged"] += 1
             assert server.inference.infer("a", {"x": np.zeros((1, 16), np.float32)})
             known = found
+            print(f"kill {kill + 1}: {outcomes}", flush=True)
     finally:
         server.close()
     return {"kills": kills, "came up with the last topology": outcomes}
@@ -195,9 +196,11 @@ def measure(kills: int) -> dict[str, Any]:
             results["updates"] = under_load(
                 server, body, most / 2, lambda: apply_all(server, base, others)
             )
+            print(results["updates"], flush=True)
             results["kills of workers"] = under_load(
                 server, body, most / 2, lambda: kill_all(server)
             )
+            print(results["kills of workers"], flush=True)
     with directory() as place:
         store = Store(place / "store", create=True)
         results["kills of the server"] = kill_servers(

@@ -27,6 +27,7 @@ from blockflow.artifact import Manifest
 from blockflow.devices import Mps, Survey, survey
 from blockflow.edit import Change, Terms, Verb
 from blockflow.errors import BlockFlowError, RequestTooLarge, TopologyInvalid, Unavailable
+from blockflow.requestlog import LogRequests
 from blockflow.status import (
     ApplyResult,
     BlockStatus,
@@ -148,6 +149,7 @@ def create_app(controller: Controller, token: str | None = None) -> FastAPI:
     else:
         app.add_middleware(RequireToken, token=token, open_paths=_OPEN_PATHS)
         _describe_token(app)
+    app.add_middleware(LogRequests)  # the last one that is added comes first
     _answer_errors(app)
     app.include_router(_topology_routes(controller))
     app.include_router(_edit_routes(controller))

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from contextvars import ContextVar
 from pathlib import Path
 
 import zmq
@@ -19,6 +20,8 @@ from blockflow import protocol
 
 _PR_SET_PDEATHSIG = 1
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked into, never written
+REQUEST: ContextVar[str | None] = ContextVar("request", default=None)
+"""The id of the request that is being answered, for what is logged meanwhile."""
 LOG_FORMAT = "BLOCKFLOW_LOG_FORMAT"
 """The environment variable by which the server tells its children how to log."""
 
@@ -60,14 +63,23 @@ def start_logging(name: str, level: str) -> None:
     if os.environ.get(LOG_FORMAT) == "json":
         handler.setFormatter(_JsonFormatter(name))
     else:
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s"))
+        handler.setFormatter(_TextFormatter(f"%(asctime)s {name} %(levelname)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
-class _JsonFormatter(logging.Formatter):
-    """Objects with `at` (UTC), `process`, `level`, `logger`, `message` and perhaps `error`.
+class _TextFormatter(logging.Formatter):
+    """Lines that end with the request's id where there is one."""
 
-    Whatever a caller adds with `extra` (such as a request's id) stands beside them.
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        said = super().formatMessage(record)
+        request = REQUEST.get()
+        return said if request is None else f"{said} [request {request}]"
+
+
+class _JsonFormatter(logging.Formatter):
+    """Objects: `at` (UTC), `process`, `level`, `logger`, `message`, perhaps `request`, `error`.
+
+    Whatever a caller adds with `extra` stands beside them.
     """
 
     _USUAL = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -85,6 +97,8 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if (request := REQUEST.get()) is not None:
+            said["request"] = request
         said |= {k: v for k, v in vars(record).items() if k not in self._USUAL and k not in said}
         if record.exc_info:
             said["error"] = self.formatException(record.exc_info)

@@ -28,6 +28,7 @@ from blockflow.child import ControlSocket, die_with_parent, start_logging
 from blockflow.errors import BlockFlowError
 from blockflow.gateway.dispatch import BlockDispatcher
 from blockflow.gateway.http import Limits, create_app
+from blockflow.requestlog import LogRequests
 from tensormq import TensorMQError
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Gateway:
         app = create_app(self._dispatcher, limits)
         self._server = uvicorn.Server(
             uvicorn.Config(
-                (
+                LogRequests(
                     SameHostOnly(app)
                     if options.token_file is None
                     else require_token(app, read_token(options.token_file), _HEALTH)
