@@ -20,6 +20,13 @@ others this process stands where the gateway does: it sends tensors of its devic
 and time is from the beginning of the send to having the answer on its own device. Nothing is
 batched (max_batch 1). On a GPU, its work is waited for before and after each request; the clock is
 the host's. Every answer of a latency round is compared with the called network's.
+
+To measure under MPS, start its daemon first, and give both the same private directory:
+
+    export CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$(mktemp -d)
+    nvidia-cuda-mps-control -d
+    python benchmarks/runtime.py --device cuda:0 --precision tf32
+    echo quit | nvidia-cuda-mps-control
 """
 
 from __future__ import annotations
@@ -259,7 +266,9 @@ class Control:
         self._supervisor = self._do(self._make())
 
     async def _make(self) -> Supervisor:
-        return Supervisor(self.run_dir, "warning")
+        logs = self.run_dir / "logs"
+        logs.mkdir()
+        return Supervisor(self.run_dir, logs, "warning")
 
     def _do(self, work: Coroutine[Any, Any, Any], loop: Loop | None = None) -> Any:
         future = asyncio.run_coroutine_threadsafe(work, self._events)
@@ -319,9 +328,8 @@ def main() -> None:
         results = _measure(options, Path(folder))
     where = measured.conditions(options.device)
     where["threads"] = torch.get_num_threads()
-    where["workers"] = {
-        name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT")
-    }
+    names = "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CUDA_MPS_PIPE_DIRECTORY"
+    where["environment"] = {name: os.environ.get(name) for name in names}
     _print(where, options, results)
     measured.write(
         options.json,

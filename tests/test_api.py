@@ -181,6 +181,7 @@ def test_blocks_and_pipelines_are_listed(http: Http, controller: FakeController)
         "queued": 0,
         "batch_sizes": None,
         "compute_ms_mean": 1.5,
+        "queue_ms_mean": None,
         "runner": None,
         "runner_reason": None,
         "fused_into": None,

@@ -134,6 +134,7 @@ def test_two_pipelines_share_one_copy_of_a_block(
             assert (trunk["fused_into"], middle["fused_into"]) == (None, None)
             assert [(c["carrier"], c["messages"]) for c in local] == [("local", 3)]
         assert trunk["compute_ms_mean"] > 0
+        assert 0 < trunk["queue_ms_mean"] < 5000
         assert onwards == 3
 
 

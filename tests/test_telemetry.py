@@ -145,6 +145,7 @@ def test_blocks_are_counted() -> None:
                         queued=4,
                         batch_sizes=Histogram(bounds=(1.0, 2.0), counts=(1, 2, 0), sum=5),
                         compute_ms_mean=20.0,
+                        queue_ms_mean=4.0,
                         channels=(channel, channel, channel.model_copy(update={"peer": "tail"})),
                     )
                 ]
@@ -155,6 +156,8 @@ def test_blocks_are_counted() -> None:
     assert value(samples, "block_queued_requests", block="trunk") == 4
     assert value(samples, "block_compute_seconds_count", block="trunk") == 3
     assert value(samples, "block_compute_seconds_sum", block="trunk") == pytest.approx(0.06)
+    assert value(samples, "block_queue_seconds_count", block="trunk") == 5
+    assert value(samples, "block_queue_seconds_sum", block="trunk") == pytest.approx(0.02)
     assert value(samples, "block_batch_requests_bucket", block="trunk", le="2.0") == 3
     assert value(samples, "block_batch_requests_sum", block="trunk") == 5
     labels = {"block": "trunk", "peer": "head", "carrier": "shm"}
@@ -242,7 +245,7 @@ def test_openmetrics_where_it_is_asked_for() -> None:
 def test_names_follow_the_conventions() -> None:
     """Counters end in `_total`, units are base units, and every metric says what it is."""
     families = list(parse_text(scrape(everything(), (GPU,)).text))
-    assert len(families) == 23
+    assert len(families) == 24
     for family in families:
         assert re.fullmatch(r"blockflow_[a-z]+(_[a-z]+)+", family.name)
         assert family.documentation.endswith(".")

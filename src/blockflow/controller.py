@@ -1154,6 +1154,9 @@ def _block_statuses(
             queued=known.queued if known else 0,
             batch_sizes=_histogram(known.batch_sizes) if known else None,
             compute_ms_mean=known.compute_ms / known.batches if known and known.batches else None,
+            queue_ms_mean=(
+                known.queue_ms / known.batch_sizes.sum if known and known.batch_sizes.sum else None
+            ),
             runner=known.runner if known else None,
             runner_reason=known.runner_reason if known else None,
             fused_into=known.fused_into if known else None,

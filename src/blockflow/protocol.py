@@ -171,7 +171,9 @@ class Histogram(msgspec.Struct, frozen=True):
 class BlockReport(msgspec.Struct, frozen=True):
     """`compute_ms` is the sum over `batches`; on a GPU as the device's own events measured it.
 
-    `batch_sizes` counts requests per batch, `queued` the requests that wait now. `runner` is
+    `batch_sizes` counts requests per batch, `queued` the requests that wait now.
+    `queue_ms` is how long the computed requests waited, from their arrival at the block to their
+    batch, summed over them. `runner` is
     "cuda graph" or "eager"; `runner_reason` says why a block on a GPU runs eagerly. A block that is
     run in one go with the ones before it is `fused_into` the first of them: what can be told of all
     of them together is told there, and the last one has the channels.
@@ -186,6 +188,7 @@ class BlockReport(msgspec.Struct, frozen=True):
     compute_ms: float
     channels: tuple[ChannelReport, ...]
     runner: str
+    queue_ms: float = 0.0
     runner_reason: str | None = None
     fused_into: BlockName | None = None
 

@@ -122,6 +122,7 @@ class _Counts:
     batches: int = 0
     sizes: Buckets = field(default_factory=lambda: Buckets(BATCH_SIZES))
     compute_ms: float = 0.0
+    queue_ms: float = 0.0
 
 
 class Block:
@@ -256,6 +257,7 @@ class Block:
             batches=counts.batches,
             batch_sizes=counts.sizes.snapshot(),
             compute_ms=counts.compute_ms,
+            queue_ms=counts.queue_ms,
             channels=tuple(channels),
             runner=self._runner.kind,
             runner_reason=self._runner.reason,
@@ -445,6 +447,7 @@ class Block:
         finished = time.monotonic()
         self._counts.batches += 1
         self._counts.sizes.add(len(batch))
+        self._counts.queue_ms += sum(started - item.arrival.time for item in batch) * 1e3
         if began is not None and ended is not None:
             self._timed.append((began, ended, [item.request.id for item in batch]))
         else:

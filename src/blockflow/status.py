@@ -66,6 +66,9 @@ class BlockStatus(_Frozen):
     compute_ms_mean: float | None = Field(
         None, description="mean time of one computation, in milliseconds"
     )
+    queue_ms_mean: float | None = Field(
+        None, description="mean time that a request waited at the block, in milliseconds"
+    )
     runner: str | None = Field(
         None, description="how it is run: cuda graph, or eager; null until it is loaded"
     )

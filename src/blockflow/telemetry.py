@@ -153,6 +153,11 @@ def _of_blocks(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:
         "Computations of the block, and the time that they took together.",
         labels=["block"],
     )
+    waiting = SummaryMetricFamily(
+        "blockflow_block_queue_seconds",
+        "Requests that were computed, and the time that they had waited at the block together.",
+        labels=["block"],
+    )
     batches = HistogramMetricFamily(
         "blockflow_block_batch_requests",
         "Requests that were computed together.",
@@ -173,12 +178,16 @@ def _of_blocks(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:
             times = sum(block.batch_sizes.counts)
             seconds = times * (block.compute_ms_mean or 0.0) / 1000
             compute.add_metric([block.name], count_value=times, sum_value=seconds)
+            waited = block.batch_sizes.sum * (block.queue_ms_mean or 0.0) / 1000
+            waiting.add_metric(
+                [block.name], count_value=int(block.batch_sizes.sum), sum_value=waited
+            )
         for channel in block.channels:
             sums = traffic[block.name, channel.peer, channel.carrier]
             sums[0] += channel.messages
             sums[1] += channel.bytes
             sums[2] += channel.host_bytes
-    yield from (info, state, requests, queued, compute, batches)
+    yield from (info, state, requests, queued, compute, waiting, batches)
     labels = ["block", "peer", "carrier"]
     for place, (name, text) in enumerate(
         (
