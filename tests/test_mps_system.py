@@ -43,9 +43,10 @@ def mlp(store: Store) -> list[str]:
 
 @pytest.fixture
 def wanted(store: Store, mlp: list[str]) -> dict[str, Any]:
-    """Two workers on cuda:0."""
+    """Two workers on cuda:0, under MPS where it can be had."""
     blocks = {"one": mlp[0], "two": mlp[1]}
-    return topology(store.root, {"a": blocks}, one=ON_GPU, two=ON_GPU)
+    made = topology(store.root, {"a": blocks}, one=ON_GPU, two=ON_GPU)
+    return with_mps(made, "auto")
 
 
 def serve(directory: Path, wanted: Mapping[str, Any] | None, *options: str) -> Server:

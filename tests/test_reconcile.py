@@ -432,7 +432,9 @@ def test_mps_is_wanted_where_it_is_on_or_several_workers_share_a_gpu() -> None:
         gpus = {name.replace("_", ":"): Gpu(mps=each) for name, each in settings.items()}  # type: ignore[arg-type]
         return mps_wanted(made.model_copy(update={"devices": gpus}))
 
-    assert wanted() == wanted(cuda_0="auto", cuda_1="off", cuda_2="on") == {"cuda:0": False}
+    assert wanted() == {}
+    assert wanted(cuda_0="auto", cuda_1="off", cuda_2="on") == {"cuda:0": False}
+    assert wanted(cuda_1="auto") == {}
     assert wanted(cuda_0="off", cuda_1="on") == {"cuda:1": True}
 
     without, under = plan_workers(made), plan_workers(made, {"cuda:0"})

@@ -109,7 +109,7 @@ def test_mps_is_set_for_a_gpu_also_in_yaml_s_own_words() -> None:
         read = parse(f'devices: {{"cuda:1": {{mps: {written}}}}}')
         assert read.devices == {"cuda:1": Gpu(mps=meant)}
         assert parse(dump(read)) == read
-    assert parse("devices: {cuda:1: {}}").devices["cuda:1"].mps == "auto"
+    assert parse("devices: {cuda:1: {}}").devices["cuda:1"].mps == "off"
     text = 'devices: {cpu: {mps: on}, "cuda:0": {mps: 1}, "cuda:1": {mpx: on}, "cuda:2": on}'
     assert sorted(problems(text)) == [
         "devices.cuda:0.mps: must be auto, on or off, not 1",

@@ -243,9 +243,6 @@ class Supervisor:
             **os.environ,
             # `cuda:N` means the same device here, in NVML and in the child.
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            # Streams share hardware queues, by default 8 of them: one that waits for another
-            # process would hold up another block's.
-            "CUDA_DEVICE_MAX_CONNECTIONS": "32",
             # Threads of a parallel region spin this often for the next one (some ten µs) and then
             # sleep: with the default, of workers that take turns on the same cores, those that wait
             # keep the cores busy; not spinning at all costs a wake-up for every operation.

@@ -107,7 +107,7 @@ class Gpu(_Frozen):
     """How the workers of one GPU use it."""
 
     mps: Literal["auto", "on", "off"] = Field(
-        default="auto",
+        default="off",
         description="whether the GPU's workers run under NVIDIA MPS, side by side but without "
         "isolation from each other's death; auto: when it has several and MPS can be had",
     )
