@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: setup demo test test-gpu browser check clean
+.PHONY: setup demo test test-gpu browser check clean experiments
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,17 @@ check: setup  ## what every commit passes: format, lint, types, import layers, f
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m 'not slow and not gpu' --timeout 60
+
+EXPERIMENTS := latency throughput energy vram sharing
+EXPERIMENT_PYTHON ?= $(BIN)/python
+EXPERIMENT_OUT ?= docs/results/experiments
+
+experiments:  ## the published results, measured again: see experiments/README.md
+	@for each in $(EXPERIMENTS); do \
+	  PYTHONPATH=src $(EXPERIMENT_PYTHON) experiments/run_$${each}_test.py --out $(EXPERIMENT_OUT) \
+	    $(EXPERIMENT_ARGS) || exit 1; \
+	done
+	$(EXPERIMENT_PYTHON) experiments/page.py $(EXPERIMENT_OUT)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -96,6 +96,13 @@ class Sample:
     difference: float
 
 
+class Questions(Protocol):
+    """What is asked: `difference` is that of an answer from the right one."""
+
+    def inputs(self, number: int, side: str) -> Inputs: ...
+    def difference(self, answer: Answer) -> float: ...
+
+
 class Requests:
     """A few different requests with the whole network's answers to them."""
 
@@ -131,7 +138,7 @@ class Requests:
         return max(float(np.abs(each).max()) for each in self._expected)
 
 
-def one_by_one(variant: Variant, requests: Requests, side: str, count: int) -> Iterator[Sample]:
+def one_by_one(variant: Variant, requests: Questions, side: str, count: int) -> Iterator[Sample]:
     """Send a request, wait for its answer, and so on."""
     variant.use(side)
     for number in range(count):
@@ -159,7 +166,7 @@ class Run:
     difference: float
 
 
-def closed_loop(variant: Variant, requests: Requests, side: str, count: int, clients: int) -> Run:
+def closed_loop(variant: Variant, requests: Questions, side: str, count: int, clients: int) -> Run:
     """So many synchronous clients: each sends its next request when it has its answer."""
     variant.use(side)
     starts: dict[int, float] = {}

@@ -6,11 +6,11 @@ its bytes. A fraction of the tasks shares it; the others have trunks of their ow
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from networks import Chain
 from torch import Tensor
 
@@ -18,17 +18,25 @@ from blockflow.artifact import Store
 from blockflow.graph import weight_nodes
 from blockflow.identity import digest_of
 from blockflow.models import ModuleSource
-from blockflow.split import BlockSource, cut_points, export, split_at, store_blocks
+from blockflow.split import (
+    BlockSource,
+    cut_points,
+    export,
+    split,
+    split_at,
+    store_blocks,
+)
 from blockflow.topology import Precision
 
 
 @dataclass(frozen=True)
 class Task:
-    """A network as two artifacts of the store."""
+    """A network as two artifacts of the store, and as one where that was asked for."""
 
     name: str
     trunk: str
     head: str
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,28 +68,48 @@ class Family:
         return sharing / count * self.share * (1 - 1 / sharing)
 
 
-def build(source: ModuleSource, store: Store, count: int, share: float, trunks: int) -> Family:
+def build(
+    source: ModuleSource,
+    store: Store,
+    count: int,
+    share: float,
+    trunks: int,
+    *,
+    wholes: bool = False,
+) -> Family:
     """`count` tasks, all with heads of their own and `trunks` at the end with trunks of their own.
 
     Their weights are the source's, each tensor moved by a little that is different for each task.
+    `wholes`: every task also as one artifact, with the weights of its two.
     """
+    for index, value in enumerate(source.module.state_dict().values()):
+        if value.is_floating_point():
+            value.mul_(1 + 1e-5 * index)  # no two alike, so that each is known by its content
     program = export(source.module, source.inputs)
     cuts = cut_points(program)
-    whole = sum(weight.nbytes for _, weight in weight_nodes(program).values())
+    total = sum(weight.nbytes for _, weight in weight_nodes(program).values())
     before, best = 0, (1.0, cuts[0])
     for cut in cuts:
         before += cut.cost.parameter_bytes
-        best = min(best, (abs(before / whole - share), cut), key=lambda each: each[0])
-    trunk, head = split_at(program, [best[1]], source.name)
-    own = _Variants(trunk, store), _Variants(head, store)
+        best = min(best, (abs(before / total - share), cut), key=lambda each: each[0])
+    trunk, head = (_Variants(each, store) for each in split_at(program, [best[1]], source.name))
+    whole = _Variants(split(program, 1, source.name)[0], store) if wholes else None
     tasks = []
     for index in range(count):
-        trunk_seed = index + 1 if index >= count - trunks else 0
-        tasks.append(Task(f"task{index + 1}", own[0].digest(trunk_seed), own[1].digest(index)))
+        seed = index + 1 if index >= count - trunks else 0
+        seeds = dict.fromkeys(trunk.keys, seed) | dict.fromkeys(head.keys, index)
+        tasks.append(
+            Task(
+                f"task{index + 1}",
+                trunk.digest(seeds),
+                head.digest(seeds),
+                whole.digest(seeds) if whole is not None else None,
+            )
+        )
     sizes = {
         digest: store.manifest(digest).parameter_bytes
-        for t in tasks
-        for digest in (t.trunk, t.head)
+        for task in tasks
+        for digest in (task.trunk, task.head)
     }
     trunk_bytes = sizes[tasks[0].trunk]
     task_bytes = trunk_bytes + sizes[tasks[0].head]
@@ -96,23 +124,27 @@ class _Variants:
         self._store = store
         self._weights = [weight for _, weight in weight_nodes(block.program).values()]
         self._original = [weight.clone() for weight in self._weights]
-        self._made: dict[int, str] = {}
+        self.keys = [_key(weight) for weight in self._original]
+        self._made: dict[tuple[int, ...], str] = {}
 
-    def digest(self, seed: int) -> str:
-        if seed not in self._made:
-            generator = torch.Generator().manual_seed(seed)
-            for weight, original in zip(self._weights, self._original, strict=True):
-                weight.copy_(_moved(original, generator) if seed else original)
+    def digest(self, seeds: Mapping[str, int]) -> str:
+        """The artifact whose weights are moved as these seeds say, by the keys of the weights."""
+        mine = tuple(seeds[key] for key in self.keys)
+        if mine not in self._made:
+            for weight, original, seed in zip(self._weights, self._original, mine, strict=True):
+                weight.copy_(_moved(original, seed))
             block = replace(self._block, digest=digest_of(self._block.program))
-            self._made[seed] = str(store_blocks([block], self._store).blocks[0].digest)
-        return self._made[seed]
+            self._made[mine] = str(store_blocks([block], self._store).blocks[0].digest)
+        return self._made[mine]
 
 
-def _moved(weight: Tensor, generator: torch.Generator) -> Tensor:
-    if not weight.is_floating_point():
-        return weight
-    # One random number for a tensor: different is enough, and billions would take minutes.
-    return weight * (1 + 0.01 * float(torch.rand((), generator=generator)))
+def _key(weight: Tensor) -> str:
+    return hashlib.sha256(weight.numpy(force=True).tobytes()).hexdigest()
+
+
+def _moved(weight: Tensor, seed: int) -> Tensor:
+    # One number for a tensor: different is enough, and random ones for all would take minutes.
+    return weight * (1 + 0.001 * seed) if weight.is_floating_point() else weight
 
 
 def topology(

@@ -130,3 +130,22 @@ def throughput(path: Path, results: Mapping[str, Any]) -> None:
     axes[0].legend(fontsize=6)
     axes[2].legend(fontsize=6)
     _write(figure, path)
+
+
+def sharing(path: Path, results: Mapping[str, Any]) -> None:
+    """Throughput within the limit of latency, and memory, over the number of tasks."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for index, name in enumerate(results["rows"][0]["found"]):
+        tasks = [row["tasks"] for row in results["rows"]]
+        found = [row["found"][name] for row in results["rows"]]
+        style = {"marker": "o", "color": _COLOURS[index], "label": name}
+        axes[0].plot(tasks, [each["within"]["per_second"] for each in found], **style)
+        axes[1].plot(tasks, [each["bytes"] / 2**30 for each in found], **style)
+    axes[0].set_ylabel("requests/s within the limit of p99")
+    axes[1].set_ylabel(f"{results['memory']}, GiB")
+    axes[0].set_title(f"{results['model']}, {results['share']:.0%} of the bytes shared")
+    for axis in axes:
+        axis.set_xlabel("tasks")
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    _write(figure, path)

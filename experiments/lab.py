@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +32,7 @@ from blockflow.topology import Precision
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import measured
 
+MIB = 1 << 20
 _SPIN = "GOMP_SPINCOUNT"
 
 
@@ -88,6 +90,8 @@ class Lab:
         self._conditions: dict[str, Any] = {}
         self.left_out: dict[str, str] = {}
         self._start = time.monotonic()
+        # Experiments want a machine to themselves; whether they had it can be read from this.
+        self._load = os.getloadavg()[0]
         self._stack = contextlib.ExitStack()
         # Short, because the paths of sockets in it are limited; mkdtemp makes it private.
         self.folder = Path(tempfile.mkdtemp(prefix="lab-"))
@@ -159,6 +163,7 @@ class Lab:
             self.note_conditions()
         found = dict(self._conditions)
         found["seconds"] = round(time.monotonic() - self._start, 1)
+        found["load_average"] = self._load
         found["precision"] = self.precision
         found["mps"] = f"{self.options.mps}: {'joined' if self.mps else 'not used'}"
         found["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -215,6 +220,31 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+
+class Memory:
+    """Bytes that are used: of the GPU, or of these processes on the host."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._before = self._used() if lab.gpu else 0
+
+    def _used(self) -> int:
+        now = self._lab.gpu_now()
+        return now.memory_total - now.memory_available
+
+    def taken(self, root: int) -> int:
+        """Since this was made; on a host, by `root` and the processes under it."""
+        if self._lab.gpu:
+            return self._used() - self._before
+        tree = psutil.Process(root)
+        return sum(p.memory_full_info().pss for p in (tree, *tree.children(recursive=True)))
+
+    def settle(self) -> None:
+        """Wait until what was given back has arrived."""
+        end = time.monotonic() + 10
+        while self._lab.gpu and self._used() - self._before > 16 * MIB and time.monotonic() < end:
+            time.sleep(0.1)
 
 
 def statistics(values: Sequence[float]) -> dict[str, float]:

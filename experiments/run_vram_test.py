@@ -20,7 +20,6 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -31,18 +30,16 @@ import families
 import figures
 import networks
 import numpy as np
-import psutil
 import torch
 from deployed import House
 from families import Family, Task
-from lab import Lab, arguments, at_least, at_most
+from lab import MIB, Lab, Memory, arguments, at_least, at_most
 
 from blockflow.artifact import Store
 from blockflow.child import die_with_parent
 from blockflow.client import InferenceClient
 
 ROWS = 1
-MIB = 1 << 20
 
 
 def _monoliths(
@@ -73,31 +70,6 @@ def _monoliths(
         answers.append(next(iter(chain(here).values())).cpu().numpy())
     control.send(answers)
     control.recv()
-
-
-class Memory:
-    """Bytes that are used: of the GPU, or of these processes on the host."""
-
-    def __init__(self, lab: Lab) -> None:
-        self._lab = lab
-        self._before = self._used() if lab.gpu else 0
-
-    def _used(self) -> int:
-        now = self._lab.gpu_now()
-        return now.memory_total - now.memory_available
-
-    def taken(self, root: int) -> int:
-        """Since this was made; on a host, by `root` and the processes under it."""
-        if self._lab.gpu:
-            return self._used() - self._before
-        tree = psutil.Process(root)
-        return sum(p.memory_full_info().pss for p in (tree, *tree.children(recursive=True)))
-
-    def settle(self) -> None:
-        """Wait until what was given back has arrived."""
-        end = time.monotonic() + 10
-        while self._lab.gpu and self._used() - self._before > 16 * MIB and time.monotonic() < end:
-            time.sleep(0.1)
 
 
 @contextmanager
