@@ -105,7 +105,10 @@ class House:
         spawn = mp.get_context("spawn")
         self._control, theirs = spawn.Pipe()
         self._process = spawn.Process(
-            target=_serve, args=(theirs, dict(topology), str(folder), os.getpid())
+            # A daemon, so that it ends with an experiment that fails.
+            target=_serve,
+            args=(theirs, dict(topology), str(folder), os.getpid()),
+            daemon=True,
         )
         self._process.start()
         theirs.close()

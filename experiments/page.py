@@ -164,8 +164,8 @@ def vram(found: Found) -> list[str]:
     columns = ["share a trunk", "variant", f"{found['memory']}, MiB", "saved", "saved beyond one"]
     share = found["rows"][0]["share"]
     return [
-        f"{found['tasks']} tasks of {found['model']}; the trunk has {share:.1%} of a task's bytes. "
-        f'Saved is against all monoliths in one process; "beyond one" leaves out of both what a '
+        f"{found['tasks']} tasks of {found['model']}; the trunk has {share:.1%} of a task's bytes.",
+        'Saved is against all monoliths in one process; "beyond one" leaves out of both what a',
         f"process takes before it has a model ({apart['context_bytes'] / _MIB:.0f} MiB).",
         "",
         *table([*columns, "max diff"], rows),

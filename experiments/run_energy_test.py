@@ -22,7 +22,7 @@ import figures
 import networks
 from client import Requests, Variant, closed_loop
 from lab import Lab, arguments, at_least, at_most, interleaved
-from variants import FOUR, HANDLE, MONOLITH, ONE, PICKLED, RAW, Variants, best, kinds
+from variants import FOUR, FUSED, HANDLE, MONOLITH, ONE, PICKLED, RAW, Variants, best, kinds
 
 _FEWEST = 8
 
@@ -100,7 +100,7 @@ def targets(lab: Lab, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     def ratio(a: float | None, b: float | None) -> float | None:
         return None if a is None or b is None else a / b
 
-    four, one, whole = (best(name, lab.gpu) for name in (FOUR, ONE, MONOLITH))
+    four, one, whole = (best(name, lab.gpu) for name in (FOUR, FUSED, MONOLITH))
     made = []
     for name in (four, one):
         made += [
@@ -177,7 +177,7 @@ def measure(
     if not lab.gpu:
         lab.leave_out("energy, gross and net, and idle power", "there is no GPU with a counter")
     nobody = idle(lab, seconds)
-    default = [best(name, lab.gpu) for name in (FOUR, ONE, MONOLITH)]
+    default = [best(name, lab.gpu) for name in (FOUR, FUSED, MONOLITH)]
     chosen = {PICKLED, RAW, HANDLE, FOUR, ONE, MONOLITH, *default}
     if options.quick:
         chosen = {PICKLED, *default}

@@ -18,7 +18,7 @@ import figures
 import networks
 from client import Requests, Sample, one_by_one
 from lab import Lab, arguments, at_least, at_most, interleaved, statistics
-from variants import FOUR, ONE, PICKLED, RAW, Variants, best, kinds
+from variants import FOUR, FUSED, ONE, PICKLED, RAW, Variants, best, kinds
 
 ROWS = 1
 
@@ -89,7 +89,7 @@ def targets(lab: Lab, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def ratio(a: float | None, b: float | None) -> float | None:
         return None if a is None or b is None or b <= 0 else a / b
 
-    four, one = best(FOUR, lab.gpu), best(ONE, lab.gpu)
+    four, one, fused = (best(name, lab.gpu) for name in (FOUR, ONE, FUSED))
     pickled, raw = of(PICKLED, "overhead_ms"), of(RAW, "overhead_ms")
     slow, same = of(PICKLED, "end_to_end_ms"), of(best(PICKLED, lab.gpu), "end_to_end_ms")
     return [
@@ -101,6 +101,7 @@ def targets(lab: Lab, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ratio(of(four, "overhead_ms", "p99"), of(four, "overhead_ms", "p50")),
         ),
         at_least("overhead: pickled / one worker", 50, ratio(pickled, of(one, "overhead_ms"))),
+        at_least("overhead: pickled / one fused", 50, ratio(pickled, of(fused, "overhead_ms"))),
         at_least(
             "end to end: pickled eager / four workers", 5, ratio(slow, of(four, "end_to_end_ms"))
         ),

@@ -28,7 +28,7 @@ import networks
 import numpy as np
 from client import Requests, Run, closed_loop, poisson
 from lab import Lab, arguments, at_least, interleaved
-from variants import FOUR, HANDLE, MONOLITH, ONE, PICKLED, RAW, Variants, best, kinds
+from variants import FOUR, FUSED, HANDLE, MONOLITH, ONE, PICKLED, RAW, Variants, best, kinds
 
 from blockflow.client import InferenceClient
 
@@ -161,7 +161,7 @@ def targets(lab: Lab, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
 
     slow, whole = peak(PICKLED), peak(best(MONOLITH, lab.gpu))
     made = []
-    for base in (FOUR, ONE):
+    for base in (FOUR, FUSED):
         for suffix in ("", BATCHING):
             name = best(base, lab.gpu) + suffix
             mine = peak(name)
@@ -225,7 +225,7 @@ def main() -> None:
     rates = numbers(options.rates, "0.1,0.7,1.1", "0.1,0.3,0.5,0.6,0.7,0.8,0.9,1,1.1,1.3,1.5")
     seconds = options.seconds or (0.7 if quick else 3.0)
     with Lab("throughput", options) as lab:
-        blocks = {best(FOUR, lab.gpu), best(ONE, lab.gpu)}
+        blocks = {best(FOUR, lab.gpu), best(FUSED, lab.gpu)}
         whole = {best(MONOLITH, lab.gpu)}
         others = {PICKLED} if quick else {PICKLED, RAW, HANDLE, FOUR, ONE, MONOLITH}
         most = max(_SATURATING, *sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +47,8 @@ _KINDS = tuple(
         Kind(RAW + suffix, how, transport="raw"),
         *((Kind(HANDLE, how, transport="handle"),) if how == "eager" else ()),
         Kind(FOUR + suffix, how, settings={}),
-        Kind(ONE + suffix, how, settings={"together": True}),
+        Kind(ONE + suffix, how, settings={"together": True, "fuse": False}),
+        Kind(FUSED + suffix, how, settings={"together": True}),
         Kind(MONOLITH + suffix, how),
     )
 )
@@ -132,6 +134,8 @@ class Variants:
                 "max_batch": kind.rows,
                 "precision": lab.precision,
                 "cuda_graph": kind.how == "graph",
+                # On a CPU: as many as a stage has, though other variants are deployed beside it.
+                "threads": len(os.sched_getaffinity(0)),
                 **(kind.settings or {}),
             }
             for kind in deployed
