@@ -57,7 +57,7 @@ def arguments(description: str | None, *, model: str) -> argparse.ArgumentParser
         "--input", help="what it takes, where it does not tell: x:float32[batch,3,64,64]"
     )
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--device", default=list_devices()[-1].name, help="cpu or cuda:<index>")
+    parser.add_argument("--device", default=list_devices()[:2][-1].name, help="cpu or cuda:<index>")
     parser.add_argument(
         "--mps",
         default="auto",

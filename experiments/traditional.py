@@ -41,6 +41,7 @@ from blockflow.topology import Precision
 
 _HEAD = struct.Struct("<q")
 _MARK = struct.Struct("<dd")
+_END = b""
 _KEPT = 64
 
 
@@ -140,6 +141,9 @@ def _serve(stage: Stage, ready: Connection) -> None:
     ready.send("ready")
     while True:
         head, *frames = pull.recv_multipart(copy=False)
+        if not frames:
+            push.send(_END)
+            break
         arrived = transport.unpack(frames, stage.device)
         received = networks.synchronised(stage.device)
         outputs = call({mine: arrived[theirs] for mine, theirs in stage.wires.items()})
@@ -235,7 +239,10 @@ class Pipeline:
         return answers
 
     def close(self) -> None:
+        """End the stages one after the other: under MPS, to be killed is to hurt the others."""
+        self._push.send(_END)
         for process in self._processes:
+            process.join(10)
             process.kill()
             process.join()
         self._push.close(linger=0)
