@@ -34,7 +34,7 @@ def _used_elsewhere() -> set[str]:
                 maps = Path(f"/proc/{process.pid}/maps").read_text()
             except OSError:
                 continue  # it has ended, or is somebody else's
-            found.update(re.findall(r"/dev/shm/(\S+)", maps))
+            found.update(re.findall(r"/dev/shm/(\S+)", maps))  # noqa: S108
     return found
 
 
