@@ -8,18 +8,21 @@
    must come up with the last topology that was acknowledged.
 
 The load comes from a process of its own, which checks every answer. The capacity is what a closed
-loop of 8 requests gets on the server at rest.
+loop of 8 requests gets while workers are restarted one after the other: a worker that starts takes
+as much of a small machine's cores as it can get.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +128,26 @@ def kill_all(server: Server) -> dict[str, float]:
     return took
 
 
+@contextlib.contextmanager
+def restarting(server: Server) -> Iterator[None]:
+    """One worker after the other is restarted meanwhile."""
+    stop = threading.Event()
+
+    def restart() -> None:
+        for victim in itertools.cycle(("one", "two", "three")):
+            if stop.is_set():
+                return
+            server.control.restart(victim)
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 def serves(server: Server) -> tuple[int, dict[str, Any]]:
     current = server.control.topology()
     return current["generation"], current["topology"]
@@ -192,7 +215,10 @@ def measure(kills: int) -> dict[str, Any]:
         body = Body(place / "body.npz", Mlp(), np.ones((2, 16), np.float32))
         with Server(place, base) as server:
             server.wait_ready()
-            most = results["capacity_per_s"] = capacity(server, "a", body, 8, 10)
+            results["capacity_at_rest_per_s"] = capacity(server, "a", body, 8, 8)
+            with restarting(server):
+                most = results["capacity_per_s"] = capacity(server, "a", body, 8, 20)
+            print(results, flush=True)
             results["updates"] = under_load(
                 server, body, most / 2, lambda: apply_all(server, base, others)
             )
@@ -211,7 +237,8 @@ def measure(kills: int) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> list[str]:
     lines = [
-        f"Capacity {results['capacity_per_s']:.0f} requests/s; load at half of it.",
+        f"Capacity {results['capacity_per_s']:.0f} requests/s while workers are restarted "
+        f"({results['capacity_at_rest_per_s']:.0f} at rest); load at half of it.",
         "",
         "| while | seconds | requests | failed | wrong | p50 ms | p99 ms | longest ms |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
