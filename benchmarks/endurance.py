@@ -237,8 +237,10 @@ def measure(kills: int) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> list[str]:
     lines = [
-        f"Capacity {results['capacity_per_s']:.0f} requests/s while workers are restarted "
-        f"({results['capacity_at_rest_per_s']:.0f} at rest); load at half of it.",
+        (
+            f"Capacity {results['capacity_per_s']:.0f} requests/s while workers are restarted "
+            f"({results['capacity_at_rest_per_s']:.0f} at rest); load at half of it."
+        ),
         "",
         "| while | seconds | requests | failed | wrong | p50 ms | p99 ms | longest ms |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
