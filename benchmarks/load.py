@@ -17,6 +17,7 @@ import random
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from blockflow import oip
 
 WRONG = -1
 BROKEN = 0
+_IDLE = 2.0
+"""Seconds; given up well before the gateway does, or a request may meet a connection that closes."""
 Row = tuple[float, float, int]
 
 
@@ -45,7 +48,7 @@ class Load:
         ]
         self._request = ("\r\n".join(lines) + "\r\n\r\n").encode() + content
         self._port = port
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._free: deque[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = deque()
         self.rows: list[Row] = []
 
     async def ask(self, due: float) -> None:
@@ -57,8 +60,11 @@ class Load:
         self.rows.append((due, now - due, status))
 
     async def _exchange(self) -> int:
+        now = time.monotonic()
+        while self._free and self._free[0][2] < now - _IDLE:
+            self._free.popleft()[1].close()
         if self._free:
-            reader, writer = self._free.pop()
+            reader, writer, _ = self._free.pop()
         else:
             reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
         writer.write(self._request)
@@ -69,7 +75,7 @@ class Load:
         if headers.get("connection") == "close":
             writer.close()
         else:
-            self._free.append((reader, writer))
+            self._free.append((reader, writer, time.monotonic()))
         if status == 400:
             raise SystemExit(f"the server cannot read what this load sends: {body.decode()}")
         if status == 200:
@@ -103,7 +109,7 @@ class Load:
         await asyncio.gather(*(client() for _ in range(clients)))
 
     async def close(self) -> None:
-        for _, writer in self._free:
+        for _, writer, _ in self._free:
             writer.close()
             await writer.wait_closed()
 
