@@ -28,7 +28,7 @@ from blockflow import oip
 WRONG = -1
 BROKEN = 0
 _IDLE = 2.0
-"""Seconds; given up well before the gateway does, or a request may meet a connection that closes."""
+"""Seconds; given up before the gateway does, or a request may meet a connection that closes."""
 Row = tuple[float, float, int]
 
 
