@@ -1,0 +1,271 @@
+"""What must hold for a long time: TensorMQ's parsers under hostile bytes, its ends under kill -9.
+
+    python benchmarks/soak.py fuzz --count 1000000
+    python benchmarks/soak.py restarts --count 10000 --device cpu
+
+fuzz: random and damaged frames and rings. Each must be parsed or refused with the one error that is
+meant for it; anything else ends the run with a traceback. Says how many there were of each.
+
+restarts: a producer that floods this process' Pull end and a consumer that holds what this process'
+Push end sends are killed and started again, by turns, at random moments of their work. Says what
+this process holds after a tenth of them and at the end: file descriptors, threads, slabs and rings
+(memfds), entries of /dev/shm, resident memory, memory of the GPU. Ends with status 1 when one of
+the first three has grown, and with a traceback when a message was torn, a slot lost or a death not
+noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import multiprocessing as mp
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import measured
+import psutil
+import torch
+
+from tensormq import Loop, Peer, ProtocolError, Pull, Push, Request, RingBroken, Timeout, wire
+from tensormq.process import this_process
+from tensormq.ring import HEADER_BYTES, Reader, Writer
+
+_CAPACITY = 4096
+
+
+def fuzz(count: int, seed: int) -> dict[str, Any]:
+    """`count` inputs, half of them frames and half rings."""
+    random.seed(seed)
+    found: Counter[str] = Counter()
+    seeds = _frames()
+    for _ in range(count // 2):
+        frame = _hostile(random.choice(seeds))
+        for decode in (wire.decode_to_consumer, wire.decode_to_producer):
+            try:
+                message = decode(frame)
+                if isinstance(message, wire.Deliver):
+                    wire.check_descriptor(message, slots=4)
+                    layout = wire.parse_layout(bytes(message.tensors), slot_bytes=1 << 16)
+                    assert all(
+                        0 <= s.offset <= s.offset + s.nbytes <= 1 << 16 for s in layout.specs
+                    )
+                found[f"frames parsed as {type(message).__name__}"] += 1
+            except ProtocolError:
+                found["frames refused"] += 1
+    for _ in range(count - count // 2):
+        found[_fuzz_ring()] += 1
+    return {"inputs": count, "seed": seed, "outcomes": dict(sorted(found.items()))}
+
+
+def _frames() -> list[bytes]:
+    specs = (wire.TensorSpec("x", "float32", (8, 256), 0), wire.TensorSpec("y", "int8", (), 8192))
+    me = wire.Abilities(this_process(), tuple(wire.Carrier), "GPU-1")
+    bell = wire.Bell(5, 99)
+    rings = wire.Rings(4, 77, 1 << 16, 4096, bell)
+    slab = wire.HostSlab(3, 55, 1 << 20)
+    requests = (Request(1, 2, 3.0), Request(4, 5))
+    messages: list[Any] = [
+        wire.Hello(7, me),
+        wire.Card(7, me),
+        wire.Offer(1, wire.Carrier.SHM, 4, 1 << 16, slab, rings),
+        wire.Welcome(7, bell),
+        wire.Decline(7, "why"),
+        wire.Deliver(7, 1, 2, wire.Layout(specs).encoded, requests, 3, b"note", 123456789),
+        wire.Release(7, 1, 2, 5000),
+        wire.Bye(7),
+    ]
+    return [wire.encode(message) for message in messages]
+
+
+def _hostile(frame: bytes) -> bytes:
+    how = random.randrange(4)
+    if how == 0:
+        return wire.MAGIC + random.randbytes(random.randrange(64))
+    if how == 1:
+        return frame[: random.randrange(len(frame))]
+    damaged = bytearray(frame)
+    for _ in range(random.randint(1, 6)):
+        damaged[random.randrange(len(damaged))] = random.randrange(256)
+    if how == 2:
+        at = random.randrange(len(damaged))
+        damaged[at:at] = random.randbytes(random.randint(1, 8))
+    return bytes(damaged)
+
+
+def _fuzz_ring() -> str:
+    """Honest frames, then a header or content that the other end has damaged."""
+    memory = memoryview(bytearray(HEADER_BYTES + _CAPACITY))
+    writer, reader = Writer(memory, bell=-1), Reader(memory)
+    for _ in range(random.randrange(6)):
+        writer.write(bytes(random.randrange(900)), 0)
+        reader.read()
+    writer.write(b"the last honest one", 0)
+    at = random.choice([0, 0, 64, 128, HEADER_BYTES + random.randrange(_CAPACITY - 8)])
+    near = random.randrange(3 * _CAPACITY).to_bytes(8, "little")
+    memory[at : at + 8] = near if random.random() < 0.5 else random.randbytes(8)
+    outcome = "rings read to the end"
+    try:
+        for _ in range(_CAPACITY):
+            frame = reader.read()
+            if frame is None:
+                break
+            assert len(frame) <= _CAPACITY
+        else:
+            raise AssertionError("a ring was read for ever")
+    except RingBroken:
+        outcome = "rings refused by their reader"
+    try:
+        memory[128:136] = bytes(8)  # nobody sleeps: there is no bell here
+        while writer.write(bytes(300), 0):
+            pass
+    except RingBroken:
+        outcome = "rings refused by their writer"
+    return outcome
+
+
+def _flood(endpoint: str, device: str, begun: Any) -> None:
+    with Push(slots=4, slot_bytes=1 << 16, device=device) as push:
+        peer = push.connect(endpoint, timeout=60)
+        begun.set()
+        number = 0.0
+        while True:
+            number += 1.0
+            push.send({"n": torch.full((4096,), number, device=device)}, to=peer)
+
+
+def _hold(endpoint: str, device: str, begun: Any) -> None:
+    with Pull(endpoint, device=device) as pull:
+        begun.set()
+        held = [pull.recv()]
+        while True:
+            held.append(pull.recv())
+            if len(held) > 2:
+                held.pop(0).release()
+
+
+def restarts(count: int, device: str) -> dict[str, Any]:
+    """Kill and start again the producer and the consumer, `count` times in all."""
+    logging.getLogger("tensormq").setLevel(logging.CRITICAL)
+    directory = Path(tempfile.mkdtemp(prefix="soak-"))
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tensormq", "torch"])
+    early: dict[str, float] = {}
+    counted: Counter[str] = Counter()
+    with (
+        Loop() as loop,
+        Pull(f"ipc://{directory}/in", device=device, loop=loop) as pull,
+        Push(slots=4, slot_bytes=1 << 16, device=device, loop=loop) as push,
+    ):
+        tensor = torch.ones(4096, device=device)
+        for number in range(count):
+            begun = context.Event()
+            role, endpoint = (
+                (_flood, pull.endpoint) if number % 2 == 0 else (_hold, f"ipc://{directory}/out")
+            )
+            process = context.Process(target=role, args=(endpoint, device, begun))
+            process.start()
+            while not begun.is_set():
+                loop.run_once(0.002)
+            end = time.monotonic() + random.uniform(0.0, 0.02)
+            if role is _flood:
+                _receive(pull, end, counted)
+                process.kill()
+                process.join()
+                assert loop.run_until(lambda: not pull._channels or pull.waiting > 0, 10)
+                while pull._channels or pull.waiting:
+                    _receive(pull, time.monotonic() + 0.01, counted)
+            else:
+                _send(push, push.connect(endpoint, timeout=60), tensor, end, counted)
+                process.kill()
+                process.join()
+                assert loop.run_until(lambda: not push.peers, 10), "a death was not noticed"
+                assert push.leased_slots == 0, "a slot was lost"
+            process.close()
+            counted["restarts"] += 1
+            if number == max(1, count // 10):
+                early = _held(device)
+        late = _held(device)
+    shutil.rmtree(directory)
+    growth = {name: late[name] - early[name] for name in late}
+    return {
+        "counted": dict(counted),
+        "after a tenth": early,
+        "at the end": late,
+        "growth": growth,
+        # Not shared memory as a whole: other programs of this machine use it too.
+        "grown": [name for name in ("descriptors", "threads", "memfds") if growth[name] > 0],
+    }
+
+
+def _receive(pull: Pull, end: float, counted: Counter[str]) -> None:
+    while (left := end - time.monotonic()) > 0:
+        with contextlib.suppress(Timeout), pull.recv(timeout=left) as message:
+            content = message.tensors["n"]
+            assert content.min().item() == content.max().item(), "a message is torn"
+            counted["messages received"] += 1
+
+
+def _send(push: Push, peer: Peer, tensor: torch.Tensor, end: float, counted: Counter[str]) -> None:
+    while (left := end - time.monotonic()) > 0:
+        with contextlib.suppress(Timeout):
+            push.send({"x": tensor}, to=peer, timeout=left)
+            counted["messages sent"] += 1
+
+
+def _held(device: str) -> dict[str, float]:
+    """What this process holds now."""
+    time.sleep(0.2)  # ZeroMQ closes sockets in its own thread
+    descriptors = list(Path("/proc/self/fd").iterdir())
+    memfds = 0
+    for entry in descriptors:
+        with contextlib.suppress(OSError):  # the descriptor that listed the directory
+            memfds += "memfd:" in str(entry.readlink())
+    found: dict[str, float] = {
+        "descriptors": len(descriptors),
+        "threads": threading.active_count(),
+        "memfds": memfds,
+        "shared memory": len(list(Path("/dev/shm").iterdir())),  # noqa: S108
+        "resident MiB": round(psutil.Process().memory_info().rss / 2**20, 1),
+    }
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(device)
+        found["GPU MiB"] = round((total - free) / 2**20, 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=["fuzz", "restarts"])
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    begun = time.monotonic()
+    if options.what == "fuzz":
+        results = fuzz(options.count, options.seed)
+    else:
+        results = restarts(options.count, options.device)
+    results["seconds"] = round(time.monotonic() - begun, 1)
+    for name, value in results.items():
+        print(f"{name}: {value}")
+    where = measured.conditions(options.device)
+    measured.write(options.json, {"conditions": where, "results": results})
+    if results.get("grown"):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
