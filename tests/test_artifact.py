@@ -415,6 +415,154 @@ def test_a_killed_writer_does_not_lock_the_store(store: Store) -> None:
     assert list((store.root / "tmp").iterdir()) == []
 
 
+# ------------------------------------------------------------------------ killed at any moment
+
+# Forks a child for every call that `work` makes into the system, and kills it there. No torch:
+# a process with threads must not be forked.
+KILLED_EVERYWHERE = """
+    import hashlib, os, signal, sys
+    from pathlib import Path
+    import msgspec
+    from blockflow.artifact import *
+    from blockflow.artifact import TENSORS, WEIGHTS_FILE, tensor_name
+
+    os.fsync = lambda _: None  # slow, and only of use to those whose machine dies
+    root = Path(sys.argv[1])
+    new, old = (msgspec.json.decode(text, type=Manifest) for text in sys.argv[2:])
+
+    def write(folder):
+        (folder / TENSORS).mkdir()
+        weights = {}
+        for content in (b"shared", new.digest.encode()):
+            sha256 = hashlib.sha256(content).hexdigest()
+            (folder / TENSORS / tensor_name(sha256)).write_bytes(content)
+            weights[sha256] = StoredWeight(sha256, len(content), "uint8", (len(content),))
+        (folder / WEIGHTS_FILE).write_bytes(msgspec.json.encode(weights))
+        with (folder / "program.pt2").open("wb", buffering=0) as file:
+            for _ in range(5):
+                file.write(b"part")
+
+    def put():
+        Store(root).put(new, write)
+
+    def collect():
+        Store(root).collect([old.digest])
+
+    def killed_at(work, call):
+        child = os.fork()
+        if child:
+            return os.waitpid(child, 0)[1] == signal.SIGKILL
+        left = call
+        def count(frame, event, what):
+            nonlocal left
+            if event == "c_call" and {what.__module__, type(what.__self__).__module__} & {
+                "posix", "fcntl", "_io"
+            }:
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+        sys.setprofile(count)
+        work()
+        sys.setprofile(None)
+        os._exit(0)
+
+    store = Store(root, create=True)
+    for work, before in ((put, False), (collect, True)):
+        call = 0
+        while True:
+            store.put(old, write)
+            if before:
+                store.put(new, write)
+            if not killed_at(work, call):
+                break
+            call += 1
+            store.verify(old.digest)
+            if new.digest in store:
+                store.verify(new.digest)
+            # The next one does what the dead one could not, and nothing is left of that.
+            work()
+            assert (new.digest in store) is not before
+            store.verify(old.digest)
+            store.collect([old.digest])
+            assert list((root / "tmp").iterdir()) == []
+            assert set(store.tensors()) == set(store.weights(store.manifest(old.digest)))
+            store.collect([])
+        print(call)
+"""
+
+
+def test_a_process_killed_at_any_call_leaves_a_good_store(tmp_path: Path) -> None:
+    manifests = [msgspec.json.encode(manifest(digest)).decode() for digest in (A, B)]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", textwrap.dedent(KILLED_EVERYWHERE)),
+            *(str(tmp_path / "store"), *manifests),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    puts, collects = map(int, done.stdout.split())
+    assert puts > 70
+    assert collects > 20
+
+
+CROWD = """
+    import hashlib, random, sys
+    from pathlib import Path
+    import msgspec
+    from blockflow.artifact import *
+    from blockflow.artifact import TENSORS, WEIGHTS_FILE, tensor_name
+
+    store = Store(Path(sys.argv[1]))
+    like = msgspec.json.decode(sys.argv[2], type=Manifest)
+    order = random.Random(sys.argv[3])
+    for _ in range(30):
+        number = order.randrange(10)
+        digest = Digest(f"sha256-{number:064x}")
+
+        def write(folder):
+            (folder / TENSORS).mkdir()
+            weights = {}
+            for content in (b"x" * 50_000, str(number % 3).encode() * 50_000):
+                sha256 = hashlib.sha256(content).hexdigest()
+                if not store.tensor_path(sha256).exists():
+                    (folder / TENSORS / tensor_name(sha256)).write_bytes(content)
+                weights[sha256] = StoredWeight(sha256, 50_000, "uint8", (50_000,))
+            (folder / WEIGHTS_FILE).write_bytes(msgspec.json.encode(weights))
+            (folder / "program.pt2").write_bytes(digest.encode())
+
+        with store.writing():
+            store.put(msgspec.structs.replace(like, digest=digest), write)
+            store.verify(digest)
+        if order.random() < 0.3:
+            store.collect(f"sha256-{each:064x}" for each in range(0, 10, 2))
+"""
+
+
+def test_a_crowd_of_writers_and_collectors_agree(store: Store) -> None:
+    """What is stored stays whole while others remove tensors that it shares with what they drop."""
+    text = msgspec.json.encode(manifest()).decode()
+    crowd = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(CROWD), str(store.root), text, str(seed)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in range(4)
+    ]
+    for process in crowd:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    assert store.digests()
+    for digest in store.digests():
+        store.verify(digest)
+    store.collect([])
+    assert store.tensors() == {}
+    assert list((store.root / "tmp").iterdir()) == []
+
+
 # ---------------------------------------------------------------------------------- full disk
 
 

@@ -9,11 +9,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import click
 import msgspec
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from blockflow import __version__, cli
@@ -106,6 +109,24 @@ def test_help_lists_every_verb() -> None:
     output = run("--help").output
     for verb in ("split", "inspect", "store", "share", "serve", "apply", "status", "infer", "demo"):
         assert verb in output
+
+
+def test_help_says_every_word_of_every_option() -> None:
+    """Markup would swallow what stands in brackets, such as [batch,3,224,224] or <index>."""
+
+    def options(command: click.Command, path: list[str]) -> Iterator[tuple[str, str]]:
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from options(inner, [*path, name])
+        wide = {"COLUMNS": "400", "TERM": "dumb"}
+        shown = CliRunner().invoke(cli.app, [*path, "--help"], env=wide).output
+        for each in command.params:
+            if words := getattr(each, "help", None):
+                yield words.replace("`", ""), shown
+
+    found = list(options(typer.main.get_command(cli.app), []))
+    assert len(found) > 50
+    for words, shown in found:
+        assert " ".join(words.split()) in " ".join(shown.replace("`", "").split())
 
 
 def test_what_does_not_compute_starts_without_torch() -> None:
@@ -485,9 +506,11 @@ def test_store_ls_shows_origin_costs_and_users(stored: Store, tmp_path: Path) ->
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[1].split() == ["artifact", "model", "block", "MB", "MFLOP/row", "used", "by"]
-    assert lines[2].split() == ["b" * 12, "net", "1/2", "1.5", "2.0", "topology.yaml:", "used"]
-    assert lines[3].split() == ["a" * 12, "net", "2/2", "1.5", "2.0"]
+    assert lines[1].split() == ["artifact", "model", "block", "weights", "work/row", "used", "by"]
+    assert lines[2].split() == [
+        *("b" * 12, "net", "1/2", "1.5", "MB", "2.0", "MFLOP", "topology.yaml:", "used")
+    ]
+    assert lines[3].split() == ["a" * 12, "net", "2/2", "1.5", "MB", "2.0", "MFLOP"]
     assert lines[-1] == "2 artifacts, 2 tensor files with 22 B"
 
 
@@ -568,6 +591,20 @@ def test_store_gc_keeps_what_a_server_can_be_rolled_back_to(
             client.put_topology(topology.model_dump(mode="json"))
     assert run("store", "gc", "--store", stored.root, "--server", control).exit_code == 0
     assert stored.digests() == [f"sha256-{'a' * 64}"]
+
+
+def test_store_gc_reads_topologies_when_writers_are_done(stored: Store, tmp_path: Path) -> None:
+    path = tmp_path / "topology.yaml"
+    path.write_text(dump(Topology()))
+    with ThreadPoolExecutor(1) as pool:
+        with stored.writing():
+            collecting = pool.submit(run, "store", "gc", "--store", stored.root, "-k", path)
+            with pytest.raises(TimeoutError):
+                collecting.result(timeout=0.5)
+            digest = f"sha256-{'a' * 64}"
+            path.write_text(dump(Topology(blocks={"a": Block(artifact=digest)})))
+        assert collecting.result(timeout=30).exit_code == 0
+    assert stored.digests() == [digest]
 
 
 def test_store_gc_removes_nothing_when_the_server_does_not_answer(
@@ -705,6 +742,22 @@ def test_inspect_shows_cut_points_and_draws_them(family: Path) -> None:
     assert "<svg" in (family / "net.html").read_text()
 
 
+def test_inspect_shows_what_a_script_is_a_sequence_of(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    save = (
+        "import sys, torch; from torch import nn; m = nn.Sequential(nn.Linear(4, 4), nn.ReLU());"
+        "torch.jit.script(m).save(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", save, str(path)], check=True)
+    given = ("inspect", path, "-i", "x:float32[batch,4]")
+    result = run(*given, "-n", 2, "--plot", tmp_path / "model.html")
+    assert result.exit_code == 0, result.output
+    assert "✂ block 1  0" in result.output
+    assert "<svg" in (tmp_path / "model.html").read_text()
+    (line,) = refused(run(*given, "--measure", "cpu"))
+    assert "whose costs are modelled only" in line
+
+
 def test_inspect_shows_an_artifact(family: Path) -> None:
     model = "family_of_models:one"
     assert run("split", model, "-n", 1, "--store", "store", "-o", "t.yaml").exit_code == 0
@@ -720,6 +773,9 @@ def test_inspect_shows_an_artifact(family: Path) -> None:
 def test_inspect_refuses_before_it_works(stored: Store) -> None:
     (line,) = refused(run("inspect", "resnet18", "--plot", "net.gif"))
     assert "name a .png or an .html file" in line
+    for verb in (("inspect",), ("split", "-n", 2)):
+        (line,) = refused(run(*verb, "resnet18", "--measure", "gpu"))
+        assert line == "error: --measure takes cpu or cuda:INDEX, such as cuda:0, not 'gpu'"
     (line,) = refused(run("inspect", "cccc", "--store", stored.root))
     assert "has no artifact cccc" in line
     (stored.path(f"sha256-{'b' * 64}") / "program.pt2").write_bytes(b"x")

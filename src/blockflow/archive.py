@@ -212,6 +212,8 @@ def _screened(archive: zipfile.ZipFile, path: Path) -> io.BytesIO:
 
 def _suspicion(info: zipfile.ZipInfo) -> str:
     name = info.filename.partition("/")[2]
+    if name in {"data.pkl", "constants.pkl"}:
+        return "it is a pickle of torch.save or TorchScript; write the file with torch.export.save"
     if name.startswith("data/aotinductor/"):
         return "it is compiled code"
     if name.startswith("data/constants/"):

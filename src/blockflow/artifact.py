@@ -432,12 +432,13 @@ class Store:
     def collect(self, keep: Iterable[str], *, dry_run: bool = False) -> Garbage:
         """Remove every artifact that is not in `keep`, and every tensor file that none uses.
 
-        Waits until no writer is at work and keeps others out meanwhile. With `dry_run`, only says
-        what would go. Raises StoreCorrupt, and removes nothing, if it cannot be known which
-        tensor files an artifact in `keep` uses.
+        Waits until no writer is at work and keeps others out meanwhile. `keep` is iterated over
+        after the wait, so that a generator can tell what those writers' topologies use. With
+        `dry_run`, only says what would go. Raises StoreCorrupt, and removes nothing, if it cannot
+        be known which tensor files an artifact in `keep` uses.
         """
-        kept = {parse_digest(digest) for digest in keep}
         with self._locked(fcntl.LOCK_EX):
+            kept = {parse_digest(digest) for digest in keep}
             stored = self.digests()
             used = {
                 weight.sha256

@@ -11,6 +11,7 @@ import inspect
 import io
 import linecache
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -49,6 +50,7 @@ def export(module: nn.Module, inputs: Sequence[Port]) -> ExportedProgram:
             # torch prints the half-traced graph and logs its thoughts before it raises.
             contextlib.redirect_stderr(said),
             log_captured("torch.fx.experimental.symbolic_shapes"),
+            log_captured("torch._subclasses.fake_tensor"),
             warnings.catch_warnings(),
             as_served(module),
         ):
@@ -167,11 +169,23 @@ def _place(error: BaseException) -> str:
     return ""
 
 
+_FIXED_BATCH = re.compile(
+    r"batch as dynamic but your code specialized it to be a constant \((\d+)\)"
+)
+
+
 def _reason(error: BaseException) -> str:
-    line = first_line(error)
+    line = first_line(error).partition(" (unhinted:")[0]
     if "data-dependent" in line:
         return (
             "the control flow depends on the data (an `if`, a loop or an index by a tensor's "
             f"value); use torch.where or torch.cond instead: {line}"
+        )
+    fixed = _FIXED_BATCH.search(line)
+    if fixed is not None:
+        return (
+            f"it takes batches of {fixed[1]} alone, the size that it was tried with: somewhere it "
+            "uses a number, as in view(2, -1), or compares the batch size; take the size from "
+            "x.shape[0]"
         )
     return line

@@ -169,7 +169,7 @@ def _from_factory(model: str, ports: tuple[Port, ...], seed: int) -> ModuleSourc
     except Exception as error:
         # Somebody else's code: whatever it raises, the reader needs its name and message.
         raise ModelRefused(
-            f"cannot make a model from {model!r}: {type(error).__name__}: {error}"
+            f"cannot make a model from {model!r}: {type(error).__name__}: {_one_line(error)}"
         ) from error
     if not isinstance(module, nn.Module):
         raise ModelRefused(f"{model!r} returned a {type(module).__name__}, no torch.nn.Module")
@@ -220,7 +220,7 @@ def _from_library(library: str, name: str, ports: tuple[Port, ...], seed: int) -
         with _seeded(seed):
             module: nn.Module = make(name)
     except Exception as error:
-        raise ModelRefused(f"{library} makes no {name!r}: {error}") from error
+        raise ModelRefused(f"{library} makes no {name!r}: {_one_line(error)}") from error
     if not ports:
         size = getattr(module, "default_cfg", {}).get("input_size", (3, 224, 224))
         argument = next(iter(inspect.signature(module.forward).parameters))
@@ -234,6 +234,10 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _plain_name(text: str) -> str:

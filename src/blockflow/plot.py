@@ -19,6 +19,7 @@ from blockflow.errors import InvalidInput
 
 if TYPE_CHECKING:
     from blockflow.cuts import Analysis
+    from blockflow.torchscript import Stage
 
 _TIME, _WEIGHTS, _FLOPS, _CUT = "#2563eb", "#d97706", "#059669", "#dc2626"
 _TEXT, _FAINT, _BAND, _GRID = "#1e293b", "#64748b", "#eef2f7", "#d8dee8"
@@ -111,6 +112,21 @@ def profile(
         cuts=tuple(sorted(cuts, key=lambda cut: cut.place)),
         chosen=tuple(chosen),
         measured=measured,
+    )
+
+
+def script_profile(every: Sequence[Stage], name: str, chosen: Sequence[int]) -> Profile:
+    """Read what a picture shows from the submodules that TorchScript calls one after the other."""
+    names = tuple(stage.name for stage in every)
+    return Profile(
+        name=name,
+        operators=names,
+        seconds=tuple(stage.cost.seconds for stage in every),
+        parameter_bytes=tuple(stage.cost.parameter_bytes for stage in every),
+        flops=tuple(stage.cost.flops for stage in every),
+        modules=tuple((each, place) for place, each in enumerate(names)),
+        cuts=tuple(Cut(place, 1, each.row_bytes) for place, each in enumerate(every[:-1], 1)),
+        chosen=tuple(chosen),
     )
 
 

@@ -171,7 +171,11 @@ def read_script(
             warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is ", DeprecationWarning)
             script: torch.jit.ScriptModule = torch.jit.load(path, map_location=device)
     except (RuntimeError, ValueError, OSError, EOFError) as error:
-        raise ModelRefused(f"{path} is no TorchScript file: {first_line(error)}") from None
+        # torch adds a paragraph of guesses.
+        why = first_line(error).partition(" This is an internal")[0].rstrip(".")
+        if "constants.pkl" in why:
+            why = "torch.save wrote it; write it with torch.jit.save, or torch.export.save as .pt2"
+        raise ModelRefused(f"{path} is no TorchScript file, or a damaged one: {why}") from None
     script.eval()
     return script
 

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,6 +61,11 @@ class Shadow(fx.Interpreter):
             placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
             try:
                 self.run(*map(self._fake, placeholders), enable_io_processing=False)
+            except (DynamicOutputShapeException, DataDependentOutputException) as error:
+                raise ModelRefused(
+                    f"what {error.func} returns depends on the data of its input, as with x[x > 0] "
+                    "or .item(): a block's sizes must not, except for the batch"
+                ) from error
             except Exception as error:
                 raise ModelRefused(f"the model does not run: {first_line(error)}") from error
         # Kept until here so that no storage's address was used twice.

@@ -35,7 +35,6 @@ from blockflow.cuts import (
     CutPoint,
     choose,
     cut_points,
-    port_bytes,
 )
 from blockflow.errors import ModelRefused
 from blockflow.export import as_served, example, export, has_rows
@@ -255,7 +254,7 @@ def balanced_places(analysis: Analysis, blocks: int, name: str) -> list[int]:
 
 def _before(analysis: Analysis, modules: Sequence[str], name: str) -> list[int]:
     places: dict[int, str] = {}
-    for module in modules:
+    for module in dict.fromkeys(modules):
         place = analysis.place_of(module)
         if place == 0:
             raise ModelRefused(f"{name} begins with {module}: there is nothing to cut before it")
@@ -522,7 +521,8 @@ def _store_script(
         contents: list[bytes | Path] = [source.path]
     else:
         every = stages(script, source.inputs, source.path)
-        groups = _grouped(every, blocks, source)
+        edges = [0, *script_places(source, every, blocks), len(every)]
+        groups = [every[first:end] for first, end in pairwise(edges)]
         say(f"{source.name}: building {len(groups)} blocks")
         parts = []
         for group in groups:
@@ -580,7 +580,13 @@ def _store_script(
     )
 
 
-def _grouped(every: Sequence[Stage], blocks: Where, source: ScriptFile) -> list[list[Stage]]:
+def script_stages(source: ScriptFile) -> list[Stage]:
+    """What a TorchScript file is a sequence of. Raises ModelRefused where it is none."""
+    return stages(read_script(source.path), source.inputs, source.path)
+
+
+def script_places(source: ScriptFile, every: Sequence[Stage], blocks: Where) -> list[int]:
+    """Before which stages of a TorchScript file to cut it. Raises ModelRefused."""
     names = [stage.name for stage in every]
     match blocks:
         case int() if not 1 <= blocks <= len(every):
@@ -591,12 +597,12 @@ def _grouped(every: Sequence[Stage], blocks: Where, source: ScriptFile) -> list[
         case int():
             chosen = choose(
                 [stage.cost.seconds for stage in every],
-                [port_bytes(stage.interface.outputs[0]) for stage in every[:-1]],
+                [stage.row_bytes for stage in every[:-1]],
                 blocks,
                 byte_seconds=ROWS / BANDWIDTH,
                 slack=SLACK,
             )
-            edges = [0, *(cut + 1 for cut in chosen), len(every)]
+            return [cut + 1 for cut in chosen]
         case AtModules(names=wanted):
             for name in wanted:
                 if name not in names[1:]:
@@ -604,12 +610,11 @@ def _grouped(every: Sequence[Stage], blocks: Where, source: ScriptFile) -> list[
                         f"{source.path} cannot be cut before {name!r}: it can be before "
                         f"{', '.join(names[1:]) or 'nothing'}"
                     )
-            edges = [0, *sorted({names.index(name) for name in wanted}), len(every)]
+            return sorted({names.index(name) for name in wanted})
         case Everywhere():
-            edges = [*range(len(every) + 1)]
+            return [*range(1, len(every))]
         case _:
             assert_never(blocks)
-    return [list(every[a:b]) for a, b in pairwise(edges)]
 
 
 def _flat(script: torch.jit.ScriptModule, interface: Interface) -> Callable[..., Sequence[Tensor]]:

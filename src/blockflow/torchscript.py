@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blockflow.archive import first_line
 from blockflow.artifact import BATCH, Port
-from blockflow.cuts import HIDDEN, Cost
+from blockflow.cuts import HIDDEN, Cost, port_bytes
 from blockflow.errors import ModelRefused
 from blockflow.export import example, has_rows
 from blockflow.graph import output_names
@@ -47,6 +47,11 @@ class Stage:
     module: torch.jit.ScriptModule
     interface: Interface
     cost: Cost
+
+    @property
+    def row_bytes(self) -> int:
+        """How many bytes of one row it gives."""
+        return port_bytes(self.interface.outputs[0])
 
 
 def interface_of(script: torch.jit.ScriptModule, inputs: tuple[Port, ...], what: str) -> Interface:
@@ -103,7 +108,7 @@ def stages(script: torch.jit.ScriptModule, inputs: tuple[Port, ...], path: Path)
     ports = inputs
     for name in _sequence(script, path):
         module = getattr(script, name)
-        interface = interface_of(module, ports, f"{name} of {path}")
+        interface = interface_of(module, ports, f"the submodule {name!r} of {path}")
         (output, *others) = interface.outputs
         if others:
             raise ModelRefused(
@@ -160,6 +165,11 @@ def _sequence(script: torch.jit.ScriptModule, path: Path) -> list[str]:
                     raise refusal(f"it calls {name} twice")
                 called.append(name)
                 value = node.output()
+            case "prim::Constant":
+                pass  # an argument of something else, which is refused
+            case "prim::CallFunction":
+                function = next(node.inputs()).node().s("name")
+                raise refusal(f"beside calling submodules it computes {function}")
             case kind:
                 raise refusal(f"beside calling submodules it computes {kind}")
     if [output.debugName() for output in graph.outputs()] != [value.debugName()]:

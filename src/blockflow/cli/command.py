@@ -25,6 +25,8 @@ app = typer.Typer(
     help="Deploy, manage and serve modular neural networks.",
     no_args_is_help=True,
     add_completion=False,
+    # Not "rich": it would take [batch,3,224,224] for markup and swallow it.
+    rich_markup_mode="markdown",
     # `verb` reports errors, in one line.
     pretty_exceptions_enable=False,
 )

@@ -20,11 +20,14 @@ from rich.tree import Tree
 
 from blockflow.artifact import Manifest, Store
 from blockflow.cli.command import app, verb
-from blockflow.cli.text import print_table, short_digest, size
-from blockflow.errors import InvalidInput
+from blockflow.cli.text import operations, print_table, short_digest, size
+from blockflow.errors import BlockFlowError, InvalidInput
 from blockflow.topology import Topology, dump, parse
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from blockflow.models import ScriptFile
     from blockflow.plot import Profile
     from blockflow.share import Family
     from blockflow.split import SplitResult
@@ -39,7 +42,8 @@ def split(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="resnet18 to resnet152, package.module:factory, or a .pt2 or .pt",
+            help="resnet18 to resnet152, package.module:factory, torchvision:NAME, timm:NAME, "
+            "or a .pt2 or .pt file",
         ),
     ],
     blocks: Annotated[
@@ -61,10 +65,14 @@ def split(
     name: Annotated[
         str | None, typer.Option(help="name of the pipeline; default: the model's")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda:<index>")] = "cpu",
+    device: Annotated[str, typer.Option(help="where to serve it: cpu, or cuda:INDEX")] = "cpu",
     inputs: Annotated[
         list[str] | None,
         typer.Option("--input", "-i", help="an input, such as x:float32[batch,3,224,224]"),
+    ] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(help="balance by times measured on cpu or cuda:INDEX; default: by a model"),
     ] = None,
     seed: Annotated[int, typer.Option(help="of a built-in model's random weights")] = 0,
 ) -> None:
@@ -76,11 +84,14 @@ def split(
     # What would make the result unusable is found before the work, which takes minutes.
     if len(models) > 1 and not share:
         raise InvalidInput(f"{len(models)} models are split together with --share only")
-    if share and (name is not None or at is not None or every):
+    if share and (name is not None or at is not None or every or measure is not None):
         raise InvalidInput("--share goes with --blocks alone; pipelines are named after the models")
+    if measure is not None and blocks is None:
+        raise InvalidInput("--measure goes with --blocks: nothing else asks what a block costs")
     if not share and sum((blocks is not None, at is not None, every)) != 1:
         raise InvalidInput("say how to split: --blocks N, --at MODULE,MODULE, or --every")
     _check_names(name or "model", device)
+    _check_measure(measure)
     if output.exists() and not force:
         raise InvalidInput(f"{output} exists; --force replaces it")
     if not output.parent.is_dir():
@@ -110,11 +121,11 @@ def split(
                 where = blocks or (AtModules(tuple(at.split(","))) if at else Everywhere())
                 ports = [parse_input(each) for each in inputs or ()]
                 source = resolve(models[0], ports, seed=seed)
-                result = split_model(source, where, place, progress=say)
+                result = split_model(source, where, place, device=measure, progress=say)
             topology = topology_for(result, name or result.model, device=device)
         relative = os.path.relpath(store.resolve(), output.parent.resolve())
         text = dump(topology.model_copy(update={"store": relative}))
-        output.write_text(text, encoding="utf-8")
+        _replace(output, text)
     if share:
         _print_family(family, output)
     else:
@@ -141,7 +152,7 @@ def inspect(
         Path | None, typer.Option(help="draw a picture into this .png or .html file")
     ] = None,
     measure: Annotated[
-        str | None, typer.Option(help="measure times on cpu or cuda:<index>; default: model them")
+        str | None, typer.Option(help="measure times on cpu or cuda:INDEX; default: model them")
     ] = None,
     store: Annotated[Path, typer.Option(help="directory of the artifact store")] = Path("store"),
     inputs: Annotated[
@@ -151,6 +162,7 @@ def inspect(
     seed: Annotated[int, typer.Option(help="of a built-in model's random weights")] = 0,
 ) -> None:
     """Show where a model can be cut and what lies between, or what an artifact is."""
+    _check_measure(measure)
     if plot is not None:
         from blockflow.plot import check_picture
 
@@ -163,29 +175,27 @@ def inspect(
         if plot is None and blocks is None and measure is None:
             return
     with _progress(f"{model}: loading torch") as say:
-        from blockflow.cuts import Analysis
-        from blockflow.plot import draw, profile
-        from blockflow.split import balanced_places
+        from blockflow.models import ScriptFile, parse_input, resolve
+        from blockflow.plot import draw
+        from blockflow.share import read_source
+        from blockflow.weights import read_program
 
         if place is not None and manifest is not None:
-            from blockflow.weights import read_program
-
             if manifest.format != "torch.export":
                 raise InvalidInput(f"{model} is TorchScript, into which BlockFlow does not look")
             name = f"{manifest.origin.model} {manifest.origin.index + 1}/{manifest.origin.count}"
             program = read_program(place, manifest)
+            shown = _profile(program, name, blocks, tensors, measure, say)
         else:
-            from blockflow.models import parse_input, resolve
-            from blockflow.share import read_source
-
             source = resolve(model, [parse_input(each) for each in inputs or ()], seed=seed)
             name = source.name
             say(f"{name}: exporting")
-            program = read_source(source)
-        say(f"{name}: looking for cut points")
-        analysis = Analysis(program, measure)
-        chosen = balanced_places(analysis, blocks, name) if blocks else []
-        shown = profile(analysis, name, tensors=tensors, chosen=chosen, measured=measure)
+            if isinstance(source, ScriptFile):
+                if measure is not None:
+                    raise InvalidInput(f"{model} is TorchScript, whose costs are modelled only")
+                shown = _script_profile(source, blocks)
+            else:
+                shown = _profile(read_source(source), name, blocks, tensors, measure, say)
         if plot is not None:
             say(f"{name}: drawing {plot}")
             draw(shown, plot)
@@ -193,6 +203,47 @@ def inspect(
         _print_profile(shown)
     if plot is not None:
         typer.echo(f"the picture is in {plot}")
+
+
+def _profile(
+    program: ExportedProgram,
+    name: str,
+    blocks: int | None,
+    tensors: int,
+    measure: str | None,
+    say: Callable[[str], None],
+) -> Profile:
+    from blockflow.cuts import Analysis
+    from blockflow.plot import profile
+    from blockflow.split import balanced_places
+
+    say(f"{name}: looking for cut points")
+    analysis = Analysis(program, measure)
+    chosen = balanced_places(analysis, blocks, name) if blocks else []
+    return profile(analysis, name, tensors=tensors, chosen=chosen, measured=measure)
+
+
+def _script_profile(source: ScriptFile, blocks: int | None) -> Profile:
+    from blockflow.plot import script_profile
+    from blockflow.split import script_places, script_stages
+
+    every = script_stages(source)
+    return script_profile(every, source.name, script_places(source, every, blocks or 1))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a full disk must not cost what was there before."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError as error:
+        raise BlockFlowError(
+            f"{path} cannot be written ({error.strerror}); the blocks are in the store, and what "
+            "was in the file still is"
+        ) from error
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _print_profile(shown: Profile) -> None:
@@ -211,15 +262,15 @@ def _print_profile(shown: Profile) -> None:
             (
                 f"✂ block {block}" if made else "",
                 shown.operators[place - 1] if cut else "the end",
-                f"{weights[place] / 1e6:.2f}",
-                f"{flops[place] / 1e6:.1f}",
+                size(weights[place]),
+                operations(flops[place]),
                 f"{totals['time'][place]:.1f}",
-                f"{cut.row_bytes / 1e3:.1f}" if cut else "",
+                size(cut.row_bytes) if cut else "",
                 str(cut.tensors) if cut else "",
             )
         )
         block += made
-    columns = ("~behind", ">MB", ">MFLOP/row", ">time %", ">kB/row", ">tensors")
+    columns = ("~behind", ">weights", ">work/row", ">time %", ">crosses", ">tensors")
     typer.echo(f"{shown.name}: {shown.summary()}")
     if shown.chosen:
         print_table(console, ("cut", *columns), rows)
@@ -230,7 +281,7 @@ def _print_profile(shown: Profile) -> None:
             typer.echo(
                 f"block {index}: {share:.1%} of the {shown.time_label}, "
                 f"{size(weights[end] - weights[first])}, "
-                f"{(flops[end] - flops[first]) / 1e6:.1f} MFLOP/row"
+                f"{operations(flops[end] - flops[first])} per row"
             )
 
 
@@ -245,7 +296,7 @@ def _print_manifest(place: Store, manifest: Manifest) -> None:
         ("cut from", f"{origin.model}, block {origin.index + 1} of {origin.count}"),
         ("operators", f"{origin.first} to {origin.last}"),
         ("parameters", size(manifest.parameter_bytes)),
-        ("arithmetic", f"{manifest.flops / 1e6:.1f} MFLOP/row" if manifest.flops else "unknown"),
+        ("arithmetic", f"{operations(manifest.flops)} per row" if manifest.flops else "unknown"),
         ("weights", f"{len(weights)} in tensor files of {size(stored)}" if weights else "inside"),
         ("writes inputs", "yes, to copies" if manifest.mutates_inputs else "no"),
         ("files", ", ".join(f"{name} {size(f.bytes)}" for name, f in manifest.files.items())),
@@ -287,17 +338,22 @@ def _check_names(pipeline: str, device: str) -> None:
     )
 
 
+def _check_measure(device: str | None) -> None:
+    if device is not None and not re.fullmatch(r"cpu|cuda:\d+", device):
+        raise InvalidInput(f"--measure takes cpu or cuda:INDEX, such as cuda:0, not {device!r}")
+
+
 def _print_split(result: SplitResult, topology: Topology, output: Path) -> None:
     console = Console()
     seconds = sum(block.seconds for block in result.blocks)
     print_table(
         console,
-        ("~block", ">MB", ">MFLOP/row", ">cost", "artifact", ""),
+        ("~block", ">weights", ">work/row", ">cost", "artifact", ""),
         (
             (
                 block.name,
-                f"{block.manifest.parameter_bytes / 1e6:.1f}",
-                f"{block.manifest.flops / 1e6:.1f}" if block.manifest.flops else "-",
+                size(block.manifest.parameter_bytes),
+                operations(block.manifest.flops),
                 f"{block.seconds / seconds:.0%}" if seconds else "-",
                 short_digest(block.digest),
                 "stored before" if block.shared else "",
@@ -327,7 +383,7 @@ def _print_family(family: Family, output: Path) -> None:
             label = Text(name, style="bold" if len(block.models) > 1 else "")
             flops = block.manifest.flops
             label.append(f"  {size(block.manifest.parameter_bytes)}", style="cyan")
-            label.append(f"  {flops / 1e6:.1f} MFLOP/row" if flops else "", style="cyan")
+            label.append(f"  {operations(flops)}" if flops else "", style="cyan")
             label.append(f"  {short_digest(block.digest)}", style="dim")
             ends = leaves.get(path, [])
             if len(block.models) > 1:
@@ -349,8 +405,8 @@ def _print_family(family: Family, output: Path) -> None:
             ("weights", size(apart), size(together), f"{saved:.1%}"),
             (
                 "one row through all models",
-                f"{family.flops_apart / 1e6:.1f} MFLOP",
-                f"{family.flops / 1e6:.1f} MFLOP",
+                operations(family.flops_apart),
+                operations(family.flops),
                 f"{1 - family.flops / family.flops_apart:.1%}" if family.flops_apart else "-",
             ),
         ],

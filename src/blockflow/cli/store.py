@@ -13,7 +13,7 @@ from rich.console import Console
 from blockflow.artifact import Store
 from blockflow.cli.command import CONTROL, app, read_topology, verb
 from blockflow.cli.server import CaFile, Server, TokenFile, connect
-from blockflow.cli.text import print_table, short_digest, size
+from blockflow.cli.text import operations, print_table, short_digest, size
 from blockflow.errors import InvalidInput, StoreCorrupt
 from blockflow.topology import Topology, parse
 from blockflow.upload import pack
@@ -58,15 +58,17 @@ def list_artifacts(
                 short_digest(digest),
                 origin.model,
                 f"{origin.index + 1}/{origin.count}",
-                f"{manifest.parameter_bytes / 1e6:.1f}",
-                f"{manifest.flops / 1e6:.1f}" if manifest.flops else "-",
+                size(manifest.parameter_bytes),
+                operations(manifest.flops),
                 ", ".join(users.get(digest, ())),
             )
         )
     # First to last within a model, whatever their digests.
     rows.sort(key=lambda row: (row[1], int(row[2].partition("/")[2]), int(row[2].split("/")[0])))
     console = Console()
-    print_table(console, ("artifact", "~model", ">block", ">MB", ">MFLOP/row", "~used by"), rows)
+    print_table(
+        console, ("artifact", "~model", ">block", ">weights", ">work/row", "~used by"), rows
+    )
     tensors = place.tensors()
     if rows:
         console.print()
@@ -158,9 +160,12 @@ def collect_garbage(
             "--server URL for a running server; or --all to remove everything"
         )
     place = Store(store)
-    used = _users(_topologies(keep or (), server, token_file, ca_file, history=True))
+
+    def used() -> Iterator[str]:
+        yield from _users(_topologies(keep or (), server, token_file, ca_file, history=True))
+
     before = {digest: _origin(place, digest) for digest in place.digests()}
-    garbage = place.collect(used, dry_run=dry_run)
+    garbage = place.collect(used(), dry_run=dry_run)
     would = "would be " if dry_run else ""
     for digest in garbage.artifacts:
         typer.echo(f"{would}removed: {short_digest(digest)} {before.get(digest, '')}".rstrip())
@@ -205,7 +210,7 @@ def share(
     )
     print_table(
         console,
-        ("artifact", ">MB", "~block", "~pipelines that share it"),
+        ("artifact", ">weights", "~block", "~pipelines that share it"),
         _shared_blocks(place, _topologies(topologies or (), server, token_file, ca_file)),
     )
     if overlaps:
@@ -237,7 +242,7 @@ def _shared_blocks(
             if len(pipelines) > 1 and digest in store:
                 yield (
                     short_digest(digest),
-                    f"{store.manifest(digest).parameter_bytes / 1e6:.1f}",
+                    size(store.manifest(digest).parameter_bytes),
                     ", ".join(f"{name}: {block}" for block in blocks),
                     ", ".join(pipelines),
                 )

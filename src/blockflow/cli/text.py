@@ -39,11 +39,20 @@ def yes(value: bool) -> str:
 
 
 def size(count: int | None) -> str:
-    if count is None:
-        return "-"
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+    """Bytes with a decimal unit: "1.2 MB"."""
+    return "-" if count is None else _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def operations(count: int) -> str:
+    """Floating-point operations: "1.2 GFLOP". 0 is what cannot be counted."""
+    return _scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")) if count else "-"
+
+
+def _scaled(count: float, units: tuple[str, ...]) -> str:
+    if count < 1000:
+        return f"{count:.0f} {units[0]}"
+    for unit in units[1:-1]:
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} {units[-1]}"
