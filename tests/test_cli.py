@@ -193,10 +193,10 @@ def test_ctrl_c_exits_with_130() -> None:
         process = spawn("status", "--server", f"http://127.0.0.1:{listener.getsockname()[1]}")
         connection, _ = listener.accept()
         with connection:
+            assert connection.recv(1)  # it has asked, and waits for the answer
             process.send_signal(signal.SIGINT)
             output, error = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert (output, error) == ("", "")
+    assert (process.returncode, output, error) == (130, "", "")
 
 
 # ------------------------------------------------------------------------------------- split

@@ -254,7 +254,7 @@ def balanced_places(analysis: Analysis, blocks: int, name: str) -> list[int]:
 
 def _before(analysis: Analysis, modules: Sequence[str], name: str) -> list[int]:
     places: dict[int, str] = {}
-    for module in dict.fromkeys(modules):
+    for module in modules:
         place = analysis.place_of(module)
         if place == 0:
             raise ModelRefused(f"{name} begins with {module}: there is nothing to cut before it")
