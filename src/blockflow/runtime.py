@@ -319,7 +319,7 @@ class Block:
         )
         path = ledger_path(self.endpoint)
         self._ledger = Ledger(path)
-        self._cores = Cores(path.with_name("cores"), path.name, self.spec.threads)
+        self._cores = Cores(path.with_name("all.cores"), path.name, self.spec.threads)
         self._push.on_lost = lambda peer: log.info("lost %s: %s", peer.endpoint, peer.lost)
 
     def _close(self) -> None:

@@ -33,7 +33,7 @@ from blockflow.state import State
 log = logging.getLogger(__name__)
 
 _LOCK = "server.lock"
-_OURS = {".sock", ".lock", ".log", ".now"}
+_OURS = {".sock", ".lock", ".log", ".now", ".cores"}
 """What servers and their children put into a run directory."""
 _LONGEST_RUN_DIR = 80
 """Bytes; a Unix socket's path may have 107, and the names in the directory are short."""
