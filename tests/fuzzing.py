@@ -26,6 +26,10 @@ ENDLESS = "/v1/events"
 """It streams until the client goes, and is asked apart from the rest."""
 
 
+# An upload's body is bytes like any other to the fuzzer.
+schemathesis.serializer.alias("application/x-tar", "application/octet-stream")
+
+
 @dataclass(frozen=True)
 class Answer:
     status: int
