@@ -52,7 +52,10 @@ def run(*arguments: object) -> Result:
 
 def spawn(*arguments: object, **options: object) -> subprocess.Popen[str]:
     """Start the command line as users do; stdout and stderr are read as text."""
-    command = [sys.executable, "-c", "from blockflow.cli import main; main()", *map(str, arguments)]
+    # Ctrl-C as on a terminal, also where these tests run in the background and ignore it.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{heed}; from blockflow.cli import main; main()"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )  # type: ignore[call-overload]
