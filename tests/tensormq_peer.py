@@ -11,6 +11,7 @@ Prints "ready" once it is.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 
@@ -28,15 +29,11 @@ def main() -> None:
     doorbell = Doorbell(bell)
     carriers = None if carrier == "any" else [Carrier(carrier)]
     loop = Loop()
+    open_push = functools.partial(
+        Push, device=device, loop=loop, carriers=carriers, doorbell=doorbell
+    )
     if role == "flood":
-        push = Push(
-            slots=4,
-            slot_bytes=1 << 20,
-            device=device,
-            loop=loop,
-            carriers=carriers,
-            doorbell=doorbell,
-        )
+        push = open_push(slots=4, slot_bytes=1 << 20)
         print("ready", flush=True)
         peer = push.connect(endpoint)
         number = 0
@@ -44,14 +41,7 @@ def main() -> None:
             number += 1
             push.send({"n": torch.full((1 << 16,), float(number), device=device)}, to=peer)
     if role == "tear":
-        push = Push(
-            slots=2,
-            slot_bytes=1 << 10,
-            device=device,
-            loop=loop,
-            carriers=carriers,
-            doorbell=doorbell,
-        )
+        push = open_push(slots=2, slot_bytes=1 << 10)
         print("ready", flush=True)
         peer = push.connect(endpoint)
         push.send({"n": torch.ones(4, device=device)}, to=peer)

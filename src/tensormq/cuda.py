@@ -169,7 +169,6 @@ class DeviceSlab:
 
     def __init__(self, nonce: int, slots: int, slot_bytes: int, device: str) -> None:
         self._device = torch.device(device)
-        self._slots = slots
         self._slot_bytes = slot_bytes
         self._size = wire.device_slab_size(slots, slot_bytes)
         self._base = self._size - slots * slot_bytes
