@@ -17,7 +17,7 @@ import pytest
 from blockflow import mps_daemon
 from blockflow.child import cuda_leftovers
 from blockflow.errors import StartFailed
-from blockflow.protocol import Publish, Stop
+from blockflow.protocol import Publish
 from blockflow.supervisor import Supervisor
 from mps_peer import GPU, keeper
 from running import wait_for
@@ -77,11 +77,10 @@ def test_a_daemon_is_started_asked_and_ended(run_dir: Path) -> None:
         other.socket.close()
         with pytest.raises(StartFailed, match="does not know Publish"):
             await child.command(Publish(()))
-        await child.command(Stop(), 10)
-        await child.ended()
+        await child.stop(10)
+        assert not child.alive
         assert processes_of(directory) == []
         assert not directory.exists()
-        await child.kill()
 
     with_supervisor(run_dir, work)
 
