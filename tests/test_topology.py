@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from blockflow.errors import TopologyInvalid
@@ -277,6 +277,7 @@ topologies = st.builds(
 
 
 @given(topologies)
+@example(Topology(store="a line\x85break"))
 def test_what_is_dumped_is_read_back(topology: Topology) -> None:
     assert parse(dump(topology)) == topology
     assert parse_json(topology.model_dump_json()) == topology
