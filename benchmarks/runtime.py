@@ -58,11 +58,12 @@ from blockflow.export import example
 from blockflow.models import resolve
 from blockflow.program import Chain, Program, load
 from blockflow.protocol import Route, RouteId, Step
-from blockflow.reconcile import BlockSpec, wiring
+from blockflow.reconcile import BlockSpec
 from blockflow.runner import Runner, prepare
 from blockflow.split import SplitResult, split_model
 from blockflow.supervisor import Child, Supervisor
-from blockflow.topology import BlockName, PipelineName
+from blockflow.topology import BlockName, Pipeline, PipelineName
+from blockflow.wiring import by_rule, wire
 from tensormq import Loop, Message, Peer, Pull, Push, Request, slot_size
 
 _WARM = 20
@@ -86,7 +87,9 @@ class Direct:
             self._streams.append(stream)
         manifests = [program.manifest for program in programs]
         self._wirings = [{port.name: port.name for port in manifests[0].inputs}]
-        self._wirings += [wiring(*pair) for pair in itertools.pairwise(manifests)]
+        self._wirings += [
+            by_rule(before.outputs, after.inputs) for before, after in itertools.pairwise(manifests)
+        ]
         self.kinds = tuple(f"{runner.kind} ({runner.reason})" for runner in self._runners)
 
     def ask(self, x: Tensor) -> Tensor:
@@ -175,20 +178,21 @@ class Deployed:
             for place, members in enumerate(workers)
         ]
         manifests = [block.manifest for block in blocks.blocks]
-        wirings = [{port.name: port.name for port in manifests[0].inputs}]
-        wirings += [wiring(*pair) for pair in itertools.pairwise(manifests)]
+        known = {spec.name: manifest for spec, manifest in zip(specs, manifests, strict=True)}
+        wired, problems = wire(Pipeline(blocks=tuple(known)), known.get)
+        if wired is None:
+            raise RuntimeError(f"{name}: {'; '.join(problems)}")
         self._route = Route(
             id=RouteId(number),
             pipeline=PipelineName(name.replace(" ", "-")),
             steps=tuple(
-                Step(spec.name, endpoint, wires, 1)
-                for spec, endpoint, wires in zip(specs, endpoints, wirings, strict=True)
+                Step(spec.name, endpoint, wired.feeds[spec.name], 1, known[spec.name].inputs)
+                for spec, endpoint in zip(specs, endpoints, strict=True)
             )[: 1 if fuse else None],
             results=f"ipc://{run_dir}/{number}.results.sock",
-            inputs=manifests[0].inputs,
-            outputs=manifests[-1].outputs,
-            gives={port.name: port.name for port in manifests[-1].outputs},
-            max_batch=1,
+            inputs=wired.inputs,
+            outputs=wired.outputs,
+            gives=wired.gives,
         )
         self._input = manifests[0].inputs[0]
         self._loop = Loop()

@@ -167,9 +167,8 @@ class Entry:
                 route = house.lay(pipeline, endpoint, lambda: self._loop.run_once(0.02))
                 first = route.steps[0].endpoint
                 if first not in pushes:
-                    size = slot_size(
-                        {p.name: (p.dtype, p.sized(route.max_batch)) for p in route.inputs}
-                    )
+                    rows = route.steps[0].max_batch
+                    size = slot_size({p.name: (p.dtype, p.sized(rows)) for p in route.inputs})
                     push = Push(slots=SLOTS, slot_bytes=size, device=place, loop=self._loop)
                     pushes[first] = push, push.connect(first)
                 self._ways[side, index] = (*pushes[first], route)

@@ -15,9 +15,9 @@ from torch import Tensor
 from blockflow.artifact import Manifest, Port, Store
 from blockflow.models import ModuleSource
 from blockflow.program import Program, load
-from blockflow.reconcile import wiring
 from blockflow.runner import prepare
 from blockflow.topology import Precision
+from blockflow.wiring import by_rule
 
 Tensors = dict[str, Tensor]
 Call = Callable[[Mapping[str, Tensor]], Tensors]
@@ -107,7 +107,7 @@ class Chain:
             program = load(store, digest, device, precision=precision)
             wires = {port.name: port.name for port in program.manifest.inputs}
             if self.manifests:
-                wires = wiring(self.manifests[-1], program.manifest)
+                wires = by_rule(self.manifests[-1].outputs, program.manifest.inputs)
             self._blocks.append((wires, run_by(program, rows, how)))
             self.manifests.append(program.manifest)
 

@@ -38,6 +38,7 @@ from blockflow.artifact import Store
 from blockflow.child import die_with_parent
 from blockflow.program import load
 from blockflow.topology import Precision
+from blockflow.wiring import by_rule
 
 _HEAD = struct.Struct("<q")
 _MARK = struct.Struct("<dd")
@@ -182,7 +183,7 @@ class Pipeline:
             manifest = store.manifest(digest)
             wires = {port.name: port.name for port in manifest.inputs}
             if before is not None:
-                wires = networks.wiring(before, manifest)
+                wires = by_rule(before.outputs, manifest.inputs)
             before = manifest
             stage = Stage(
                 store.root,

@@ -20,6 +20,7 @@ from blockflow.status import (
     PipelineStatus,
 )
 from blockflow.topology import Block, BlockName, Generation, Pipeline, Topology
+from blockflow.wiring import edges
 
 DIGEST = "sha256-" + "a" * 64
 WANTED = Topology(
@@ -141,8 +142,9 @@ class FakeController:
         return [
             PipelineStatus(
                 name=name,
-                blocks=pipeline.blocks,
-                ready=not waiting & set(pipeline.blocks),
+                blocks=pipeline.members,
+                edges=edges(pipeline),
+                ready=not waiting & set(pipeline.members),
                 reason=f"waits for {', '.join(sorted(waiting))}" if waiting else None,
                 max_batch=8,
             )

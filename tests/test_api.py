@@ -179,6 +179,7 @@ def test_blocks_and_pipelines_are_listed(http: Http, controller: FakeController)
         "requests": 3,
         "requests_by_pipeline": {"p": 3},
         "queued": 0,
+        "incomplete": 0,
         "batch_sizes": None,
         "compute_ms_mean": 1.5,
         "queue_ms_mean": None,

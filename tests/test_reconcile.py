@@ -11,15 +11,14 @@ from blockflow.artifact import BATCH, Digest, Manifest, Origin, Port
 from blockflow.reconcile import (
     BlockSpec,
     Plan,
-    Signature,
     WorkerSpec,
     actions,
     diff,
     mps_wanted,
-    pipeline_signature,
     plan_workers,
+    rows_of,
     validate,
-    wiring,
+    wiring_of,
 )
 from blockflow.topology import (
     Block,
@@ -31,6 +30,7 @@ from blockflow.topology import (
     Topology,
     WorkerName,
 )
+from blockflow.wiring import Source, Wiring, by_rule
 
 
 def digest(of: str) -> Digest:
@@ -71,6 +71,10 @@ def topology(blocks: dict[str, Block], **pipelines: str) -> Topology:
             name: Pipeline(blocks=tuple(chain.split())) for name, chain in pipelines.items()
         },
     )
+
+
+def wired(wanted: Topology, *manifests: Manifest) -> Wiring:
+    return wiring_of(wanted, {each.digest: each for each in manifests}, PipelineName("p"))
 
 
 SAME = manifest("same", [port("x", 4)], [port("x", 4)])
@@ -293,21 +297,28 @@ def test_every_kind_of_problem_is_listed_at_once() -> None:
 
 
 def test_wiring_is_by_name_where_names_agree_and_by_position_otherwise() -> None:
-    gives = manifest("a", [], [port("u", 1), port("v", 2)])
-    assert wiring(gives, manifest("b", [port("v", 2), port("u", 1)], [])) == {"u": "u", "v": "v"}
-    assert wiring(gives, manifest("b", [port("v", 1), port("w", 2)], [])) == {"v": "u", "w": "v"}
+    gives = [port("u", 1), port("v", 2)]
+    assert by_rule(gives, [port("v", 2), port("u", 1)]) == {"u": "u", "v": "v"}
+    assert by_rule(gives, [port("v", 1), port("w", 2)]) == {"v": "u", "w": "v"}
     with pytest.raises(ValueError, match="zip"):
-        wiring(gives, manifest("b", [port("v", 1)], []))
+        by_rule(gives, [port("v", 1)])
 
 
 def test_a_pipeline_takes_what_its_first_block_takes_and_no_more_than_its_smallest_block() -> None:
     a = manifest("a", [port("image", 3)], [port("h", 1)])
     b = manifest("b", [port("h", 1)], [port("label", 10)])
     wanted = topology({"a": block("a", max_batch=32), "b": block("b", max_batch=4)}, p="a b")
-    manifests = {each.digest: each for each in (a, b)}
-    assert pipeline_signature(wanted, manifests, PipelineName("p")) == Signature(
-        a.inputs, b.outputs, 4, entry={"image": "image"}, results={"label": "label"}
+    assert wired(wanted, a, b) == Wiring(
+        blocks=(BlockName("a"), BlockName("b")),
+        feeds={
+            BlockName("a"): {"image": Source(None, "image")},
+            BlockName("b"): {"h": Source(BlockName("a"), "h")},
+        },
+        gives={"label": Source(BlockName("b"), "label")},
+        inputs=a.inputs,
+        outputs=b.outputs,
     )
+    assert rows_of(wanted, PipelineName("p")) == 4
 
 
 def test_a_pipeline_may_call_its_tensors_by_other_names_than_its_blocks() -> None:
@@ -316,10 +327,13 @@ def test_a_pipeline_may_call_its_tensors_by_other_names_than_its_blocks() -> Non
     blocks = {"a": block("a"), "b": block("b")}
     pipeline = Pipeline(blocks=("a", "b"), inputs=("image", "where"), outputs=("label",))
     wanted = Topology(blocks=blocks, pipelines={"p": pipeline})
-    found = pipeline_signature(wanted, {each.digest: each for each in (a, b)}, PipelineName("p"))
+    found = wired(wanted, a, b)
     assert [each.name for each in found.inputs] == ["image", "where"]
-    assert found.entry == {"x": "image", "mask": "where"}
-    assert found.results == {"label": "y"}
+    assert found.feeds[BlockName("a")] == {
+        "x": Source(None, "image"),
+        "mask": Source(None, "where"),
+    }
+    assert found.gives == {"label": Source(BlockName("b"), "y")}
     assert validate(wanted, store(a, b), ["cpu"]) == []
     wrong = Pipeline(blocks=("a", "b"), inputs=("image",), outputs=("y", "y"))
     problems = validate(Topology(blocks=blocks, pipelines={"p": wrong}), store(a, b), ["cpu"])

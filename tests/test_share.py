@@ -15,8 +15,9 @@ from blockflow.errors import ModelRefused
 from blockflow.export import example
 from blockflow.models import ModuleSource, ScriptFile, built_in
 from blockflow.program import load
-from blockflow.reconcile import validate, wiring
+from blockflow.reconcile import validate
 from blockflow.share import Family, family_topology, split_shared
+from blockflow.wiring import by_rule
 
 ROW = Port("x", "float32", ("batch", 16))
 IMAGE = Port("x", "float32", ("batch", 3, 64, 64))
@@ -70,7 +71,7 @@ def assert_equal(
         values = {port.name: each for port, each in zip(takes, inputs, strict=True)}
         for index, program in enumerate(programs):
             if index:
-                names = wiring(programs[index - 1].manifest, program.manifest)
+                names = by_rule(programs[index - 1].manifest.outputs, program.manifest.inputs)
                 values = {name: values[gives] for name, gives in names.items()}
             values = program(values)
         with torch.inference_mode():

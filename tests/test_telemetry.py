@@ -245,7 +245,7 @@ def test_openmetrics_where_it_is_asked_for() -> None:
 def test_names_follow_the_conventions() -> None:
     """Counters end in `_total`, units are base units, and every metric says what it is."""
     families = list(parse_text(scrape(everything(), (GPU,)).text))
-    assert len(families) == 24
+    assert len(families) == 25
     for family in families:
         assert re.fullmatch(r"blockflow_[a-z]+(_[a-z]+)+", family.name)
         assert family.documentation.endswith(".")

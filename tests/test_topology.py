@@ -76,11 +76,16 @@ pipelines:
   q: {{blocks: a}}
   r: {{blocks: []}}
   s: {{blocks: [1, a b]}}
+  t: {{inputs: [x]}}
+  u: {{blocks: [a], graph: {{a: input}}, outputs: 4}}
+  v: {{graph: {{}}}}
+  w: {{graph: {{a: 1, b: {{x: 2, 3: input, "": a}}, 4: input, c: "", -d: a}}, outputs: {{o: 3}}}}
 extra: 1
 """
     name_rule = (
         "a name has 1 to 63 letters, digits, '_', '.' or '-', and starts with a letter or a digit"
     )
+    port_rule = "the name of a tensor has 1 to 128 characters"
     digest_rule = "must be a digest: sha256- and 64 hex digits, as `blockflow split` prints it"
     assert sorted(problems(text)) == sorted(
         [
@@ -99,6 +104,20 @@ extra: 1
             "pipelines.r.blocks: must name at least one block",
             "pipelines.s.blocks[0]: 1 is no name: it is read as a number; put it in quotes",
             f"pipelines.s.blocks[1]: 'a b' is no name: {name_rule}",
+            "pipelines.t: must have `blocks` (a chain) or a `graph`",
+            "pipelines.u.outputs: must be a list of names, not a number",
+            "pipelines.v.graph: must name at least one block",
+            (
+                "pipelines.w.graph.a: must say where the block's inputs come from: `input`, "
+                "a block, or {port: BLOCK.PORT}, not a number"
+            ),
+            f"pipelines.w.graph.b.x: 2 is no name: {port_rule}",
+            "pipelines.w.graph.b: 3 is no name: it is read as a number; put it in quotes",
+            f"pipelines.w.graph.b: '' is no name: {port_rule}",
+            "pipelines.w.graph: 4 is no name: it is read as a number; put it in quotes",
+            f"pipelines.w.graph.c: '' is no name: {port_rule}",
+            f"pipelines.w.graph: '-d' is no name: {name_rule}",
+            f"pipelines.w.outputs.o: 3 is no name: {port_rule}",
             "extra: is not a known setting; known are store, blocks, pipelines, devices",
         ]
     )
@@ -264,13 +283,20 @@ blocks = st.builds(
     channels_last=st.booleans(),
     cuda_graph=st.booleans(),
 )
+ports = st.text("ab.: {}'#-1~é", min_size=1, max_size=8)
+feeds = ports | st.dictionaries(ports, ports, max_size=3)
 topologies = st.builds(
     Topology,
     store=st.none() | st.text(min_size=1).filter(lambda text: "\x00" not in text),
     blocks=st.dictionaries(names, blocks, max_size=4),
     pipelines=st.dictionaries(
         names,
-        st.builds(Pipeline, blocks=st.lists(names, min_size=1, max_size=4).map(tuple)),
+        st.builds(Pipeline, blocks=st.lists(names, min_size=1, max_size=4).map(tuple))
+        | st.builds(
+            Pipeline,
+            graph=st.dictionaries(names, feeds, min_size=1, max_size=4),
+            outputs=st.none() | st.lists(ports).map(tuple) | st.dictionaries(ports, ports),
+        ),
         max_size=3,
     ),
 )
@@ -310,7 +336,13 @@ plain = st.recursive(
                 plain | st.dictionaries(st.sampled_from([*Block.model_fields, "x"]), plain),
             ),
             "pipelines": plain
-            | st.dictionaries(names, plain | st.fixed_dictionaries({"blocks": plain})),
+            | st.dictionaries(
+                names,
+                plain
+                | st.fixed_dictionaries({"blocks": plain})
+                | st.fixed_dictionaries({"graph": plain, "outputs": plain})
+                | st.fixed_dictionaries({"graph": st.dictionaries(names, plain)}),
+            ),
         },
     )
 )

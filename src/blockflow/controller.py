@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from blockflow import devices, edit, ledger, protocol, reconcile, upload
+from blockflow import devices, edit, ledger, protocol, reconcile, upload, wiring
 from blockflow.artifact import Digest, Manifest, Store
 from blockflow.edit import Terms, Verb
 from blockflow.errors import (
@@ -54,6 +54,7 @@ from blockflow.status import (
 )
 from blockflow.supervisor import Child, Patience, Supervisor
 from blockflow.topology import BlockName, Generation, PipelineName, Topology, WorkerName
+from blockflow.wiring import Source
 
 log = logging.getLogger(__name__)
 
@@ -360,10 +361,12 @@ class Controller:
             name = PipelineName(model.metadata.name)
             reason = model.reason if self._serving else _NO_GATEWAY
             count = counts.get(name)
+            pipeline = self._deployed.topology.pipelines[name]
             statuses.append(
                 PipelineStatus(
                     name=name,
-                    blocks=self._deployed.topology.pipelines[name].blocks,
+                    blocks=wiring.ordered(pipeline),
+                    edges=wiring.edges(pipeline),
                     ready=reason is None,
                     reason=reason,
                     inputs=_ports(model.metadata.inputs),
@@ -431,8 +434,9 @@ class Controller:
         now = self._deployed
         models = []
         for name in map(PipelineName, now.topology.pipelines):
-            signature = reconcile.pipeline_signature(now.topology, now.manifests, name)
-            metadata = ModelMetadata(name, signature.inputs, signature.outputs, signature.max_batch)
+            wired = reconcile.wiring_of(now.topology, now.manifests, name)
+            rows = reconcile.rows_of(now.topology, name)
+            metadata = ModelMetadata(name, wired.inputs, wired.outputs, rows)
             road = now.roads.get(name)
             reason = self._missing(now, name) if road is None else road.broken
             route = road.route.id if road is not None and reason is None else None
@@ -444,7 +448,7 @@ class Controller:
 
     def _missing(self, deployed: _Deployed, name: PipelineName) -> str:
         """Why a pipeline has no route."""
-        blocks = deployed.topology.pipelines[name].blocks
+        blocks = deployed.topology.pipelines[name].members
         for worker in deployed.workers.values():
             for block in worker.spec.blocks:
                 if block.name in blocks and worker.state is not BlockState.READY:
@@ -704,45 +708,54 @@ class Controller:
         )
 
     def _plan_road(self, deployed: _Deployed, name: PipelineName) -> _Road | None:
-        blocks = [BlockName(block) for block in deployed.topology.pipelines[name].blocks]
-        manifests = [
-            deployed.manifests[Digest(deployed.topology.blocks[b].artifact)] for b in blocks
-        ]
+        wired = reconcile.wiring_of(deployed.topology, deployed.manifests, name)
         home = {
             block.name: worker
             for worker in deployed.workers.values()
             for block in worker.spec.blocks
         }
-        workers = tuple(home[block] for block in blocks)
+        workers = tuple(home[block] for block in wired.blocks)
         if any(worker.state is not BlockState.READY for worker in workers):
             return None
-        signature = reconcile.pipeline_signature(deployed.topology, deployed.manifests, name)
-        wirings = [
-            signature.entry,
-            *(reconcile.wiring(*pair) for pair in itertools.pairwise(manifests)),
-        ]
         # A chain is one step: it takes what its first block takes and gives what its last gives.
-        inner = {block for worker in workers for chain in worker.spec.chains for block in chain[1:]}
+        chains = [chain for worker in set(workers) for chain in worker.spec.chains]
+        head: dict[BlockName | None, BlockName] = {
+            block: chain[0] for chain in chains for block in chain
+        }
+        inner = {block for chain in chains for block in chain[1:]}
         stops = [
-            (block, worker, wiring)
-            for block, worker, wiring in zip(blocks, workers, wirings, strict=True)
+            (block, worker)
+            for block, worker in zip(wired.blocks, workers, strict=True)
             if block not in inner
         ]
+
+        def led(sources: Mapping[str, Source]) -> dict[str, Source]:
+            return {
+                name: msgspec.structs.replace(source, block=head.get(source.block, source.block))
+                for name, source in sources.items()
+            }
+
+        settings = deployed.topology.blocks
         steps = tuple(
-            Step(block, worker.endpoints[block], wiring, deployed.topology.blocks[block].max_batch)
-            for block, worker, wiring in stops
+            Step(
+                block,
+                worker.endpoints[block],
+                led(wired.feeds[block]),
+                settings[block].max_batch,
+                deployed.manifests[Digest(settings[block].artifact)].inputs,
+            )
+            for block, worker in stops
         )
         route = Route(
             id=RouteId(next(self._route_ids)),
             pipeline=name,
             steps=steps,
             results=self._results,
-            inputs=signature.inputs,
-            outputs=signature.outputs,
-            gives=signature.results,
-            max_batch=deployed.topology.blocks[blocks[0]].max_batch,
+            inputs=wired.inputs,
+            outputs=wired.outputs,
+            gives=led(wired.gives),
         )
-        return _Road(route, tuple(worker for _, worker, _ in stops))
+        return _Road(route, tuple(worker for _, worker in stops))
 
     async def _tell(
         self,
@@ -1152,6 +1165,7 @@ def _block_statuses(
             requests=sum(known.requests.values()) if known else 0,
             requests_by_pipeline={str(p): n for p, n in known.requests.items()} if known else {},
             queued=known.queued if known else 0,
+            incomplete=known.incomplete if known else 0,
             batch_sizes=_histogram(known.batch_sizes) if known else None,
             compute_ms_mean=known.compute_ms / known.batches if known and known.batches else None,
             queue_ms_mean=(

@@ -519,7 +519,7 @@ def _counts_of(topology: Topology, requests: Mapping[str, int]) -> Counts:
     """What the blocks will have counted after so many requests to each pipeline."""
     counts: dict[str, dict[str, int]] = {}
     for pipeline, count in requests.items():
-        for block in topology.pipelines[pipeline].blocks:
+        for block in topology.pipelines[pipeline].members:
             counts.setdefault(block, {})[pipeline] = count
     return counts
 

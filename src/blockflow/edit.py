@@ -100,7 +100,7 @@ def remove_block(name: str, cascade: bool = False) -> Change:
 
     def change(current: Topology) -> Topology:
         _block(current, name)
-        users = [user for user, pipeline in current.pipelines.items() if name in pipeline.blocks]
+        users = [user for user, pipeline in current.pipelines.items() if name in pipeline.members]
         if users and not cascade:
             word = "pipeline" if len(users) == 1 else "pipelines"
             raise Conflict(
@@ -131,11 +131,15 @@ def add_pipeline(name: str, settings: Mapping[str, Any]) -> Change:
 
 
 def change_pipeline(name: str, settings: Mapping[str, Any]) -> Change:
-    """As `change_block`, for a pipeline."""
+    """As `change_block`, for a pipeline. A chain takes the place of a graph, and the other way."""
 
     def change(current: Topology) -> Topology:
         _pipeline(current, name)
-        return _with(current, "pipelines", name, _merged(current.pipelines[name], settings))
+        merged = _merged(current.pipelines[name], settings)
+        for form, other in (("blocks", "graph"), ("graph", "blocks")):
+            if settings.get(form) is not None and other not in settings:
+                merged.pop(other, None)
+        return _with(current, "pipelines", name, merged)
 
     return change
 

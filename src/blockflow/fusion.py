@@ -1,13 +1,12 @@
 """Which blocks are run in one go: pure, from the topology alone.
 
-Two blocks of one worker are fused where the second takes what the first gives, in every pipeline
-that passes either: no request enters between them, leaves between them or goes another way. Fused
+Two blocks of one worker are fused where the second takes all that the first gives, in every
+pipeline that passes either: no request enters or leaves between them, or goes another way. Fused
 blocks share a thread, a queue and, on a GPU, the CUDA graphs.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 
 from blockflow.topology import Block, BlockName, Topology
@@ -18,11 +17,25 @@ def chains(topology: Topology) -> tuple[tuple[BlockName, ...], ...]:
     after: defaultdict[str, set[str | None]] = defaultdict(set)
     before: defaultdict[str, set[str | None]] = defaultdict(set)
     for pipeline in topology.pipelines.values():
-        for first, second in itertools.pairwise((None, *pipeline.blocks, None)):
-            if first is not None:
-                after[first].add(second)
-            if second is not None:
-                before[second].add(first)
+        given = pipeline.outputs.values() if isinstance(pipeline.outputs, dict) else ()
+        sources: set[str | None] = {pipeline.reference(text).block for text in given}
+        for name in sources - {None}:
+            after[str(name)].add(None)
+        for block, feed in pipeline.feeds.items():
+            references = [
+                pipeline.reference(text)
+                for text in ((feed,) if isinstance(feed, str) else feed.values())
+            ]
+            before[block] |= {reference.block for reference in references}
+            if not isinstance(feed, str) or references[0].port is not None:
+                before[block].add(None)  # a chain is put together by the rule alone
+            for reference in references:
+                if reference.block is not None:
+                    after[reference.block].add(block)
+                    sources.add(reference.block)
+        for block in pipeline.members:
+            if block not in sources:
+                after[block].add(None)
     joined: dict[str, str] = {}
     for first, followers in after.items():
         second = next(iter(followers))

@@ -21,9 +21,9 @@ from blockflow.archive import first_line
 from blockflow.artifact import PROGRAM_FILE, Manifest, Store
 from blockflow.errors import ModelRefused
 from blockflow.graph import compute_in, plain_module, put_channels_last
-from blockflow.reconcile import wiring
 from blockflow.topology import Precision
 from blockflow.weights import read_program
+from blockflow.wiring import by_rule
 
 _DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -97,7 +97,7 @@ class Chain(Program):
         super().__init__(manifest, first.device, self._through)
         self._programs = tuple(programs)
         self._wirings = [
-            wiring(before.manifest, after.manifest)
+            by_rule(before.manifest.outputs, after.manifest.inputs)
             for before, after in itertools.pairwise(programs)
         ]
         self.ports = tuple(port for program in programs for port in program.ports)

@@ -19,6 +19,7 @@ from blockflow.artifact import Port
 from blockflow.oip import ModelMetadata
 from blockflow.reconcile import BlockSpec
 from blockflow.topology import BlockName, PipelineName
+from blockflow.wiring import Source
 
 RouteId = NewType("RouteId", int)
 Incarnation = NewType("Incarnation", int)
@@ -26,22 +27,29 @@ Incarnation = NewType("Incarnation", int)
 
 
 class Step(msgspec.Struct, frozen=True):
-    """A block on a route. `wiring` maps its inputs to the outputs of the step before.
+    """A block on a route. `feeds` says for each of its inputs where it comes from.
 
-    `max_batch` is the most rows that one message to it may carry.
+    `max_batch` is the most rows that one message to it may carry, `takes` its inputs as it names
+    them.
     """
 
     block: BlockName
     endpoint: str
-    wiring: dict[str, str]
+    feeds: dict[str, Source]
     max_batch: int
+    takes: tuple[Port, ...]
+
+    @property
+    def sources(self) -> frozenset[BlockName | None]:
+        """The blocks that each send it a part of a request; None for the gateway."""
+        return frozenset(source.block for source in self.feeds.values())
 
 
 class Route(msgspec.Struct, frozen=True):
     """`results` is the endpoint where answers and failures of this route are awaited.
 
-    `inputs` and `outputs` are the pipeline's, as clients name them; `gives` says under which names
-    the last block sends the outputs. `max_batch` is the first block's.
+    Each step comes after all that feed it. `inputs` and `outputs` are the pipeline's, as clients
+    name them; `gives` says where each output comes from.
     """
 
     id: RouteId
@@ -50,8 +58,20 @@ class Route(msgspec.Struct, frozen=True):
     results: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    gives: dict[str, str]
-    max_batch: int
+    gives: dict[str, Source]
+
+    def following(self, block: BlockName) -> tuple[Step, ...]:
+        """The steps to which `block` sends."""
+        return tuple(step for step in self.steps if block in step.sources)
+
+    @property
+    def joining(self) -> frozenset[BlockName]:
+        """The blocks that put parts of a request together, and those that lead to one."""
+        found: set[BlockName] = set()
+        for step in reversed(self.steps):
+            if len(step.sources) > 1 or any(s.block in found for s in self.following(step.block)):
+                found.add(step.block)
+        return frozenset(found)
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -171,18 +191,19 @@ class Histogram(msgspec.Struct, frozen=True):
 class BlockReport(msgspec.Struct, frozen=True):
     """`compute_ms` is the sum over `batches`; on a GPU as the device's own events measured it.
 
-    `batch_sizes` counts requests per batch, `queued` the requests that wait now.
-    `queue_ms` is how long the computed requests waited, from their arrival at the block to their
-    batch, summed over them. `runner` is
-    "cuda graph" or "eager"; `runner_reason` says why a block on a GPU runs eagerly. A block that is
-    run in one go with the ones before it is `fused_into` the first of them: what can be told of all
-    of them together is told there, and the last one has the channels.
+    `batch_sizes` counts requests per batch, `queued` the requests that wait now and `incomplete`
+    those of which a part is still to come. `queue_ms` is how long the computed requests waited,
+    from their arrival at the block to their batch, summed over them. `runner` is "cuda graph" or
+    "eager"; `runner_reason` says why a block on a GPU runs eagerly. A block that is run in one go
+    with the ones before it is `fused_into` the first of them: what can be told of all of them
+    together is told there, and the last one has the channels.
     """
 
     block: BlockName
     requests: dict[PipelineName, int]
     failures: int
     queued: int
+    incomplete: int
     batches: int
     batch_sizes: Histogram
     compute_ms: float
@@ -232,10 +253,12 @@ class Hop(msgspec.Struct, frozen=True, array_like=True):
 class Note(msgspec.Struct, frozen=True, array_like=True):
     """`hops` of each request of the message, in their order; empty for those that begin.
 
-    `error` and the HTTP `status` it maps to, when the requests failed at a block.
+    `block` sends it; None is the gateway. `error` and the HTTP `status` it maps to, when the
+    requests failed at a block.
     """
 
     hops: tuple[tuple[Hop, ...], ...] = ()
+    block: BlockName | None = None
     error: str | None = None
     status: int = 500
 

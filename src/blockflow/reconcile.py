@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import graphlib
 import itertools
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 
-from blockflow.artifact import BATCH, Digest, Manifest, Port
+from blockflow.artifact import BATCH, Digest, Manifest
 from blockflow.fusion import chains
 from blockflow.topology import (
     Block,
@@ -25,6 +24,7 @@ from blockflow.topology import (
     Topology,
     WorkerName,
 )
+from blockflow.wiring import Wiring, cycle, edges, path, port_text, wire
 
 _OTHER_FLOATS = {"float16", "bfloat16", "float64"}
 
@@ -74,20 +74,6 @@ class Plan(msgspec.Struct, frozen=True):
         return not self.start and not self.stop
 
 
-class Signature(msgspec.Struct, frozen=True):
-    """What a pipeline takes and gives, under the names that its clients use.
-
-    `entry` maps the first block's inputs to the pipeline's, `results` the pipeline's outputs to the
-    last block's. `max_batch` is the least of the blocks' limits, in rows.
-    """
-
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    max_batch: int
-    entry: dict[str, str]
-    results: dict[str, str]
-
-
 def validate(
     topology: Topology,
     manifests: Mapping[Digest, Manifest | str],
@@ -105,44 +91,26 @@ def validate(
         *_artifact_problems(topology, manifests),
         *_device_problems(topology, devices),
         *_worker_problems(topology),
-        *_chain_problems(topology),
+        *_member_problems(topology),
         *_cycle_problems(topology),
-        *_port_problems(topology, manifests),
+        *_wiring_problems(topology, manifests),
     ]
 
 
-def wiring(previous: Manifest, following: Manifest) -> dict[str, str]:
-    """Map each input of `following` to the output of `previous` that feeds it.
-
-    Blocks connect by name where both sides use the same names, and by position otherwise.
-
-    Raises:
-        ValueError: `previous` gives another number of tensors than `following` takes, which
-            `validate` refuses.
-    """
-    takes = [port.name for port in following.inputs]
-    gives = [port.name for port in previous.outputs]
-    if set(takes) == set(gives):
-        return {name: name for name in takes}
-    return dict(zip(takes, gives, strict=True))
-
-
-def pipeline_signature(
+def wiring_of(
     topology: Topology, manifests: Mapping[Digest, Manifest], name: PipelineName
-) -> Signature:
-    """Say what clients of a pipeline send and receive; `topology` has passed `validate`."""
-    pipeline = topology.pipelines[name]
-    blocks = [topology.blocks[block] for block in pipeline.blocks]
-    takes = manifests[Digest(blocks[0].artifact)].inputs
-    gives = manifests[Digest(blocks[-1].artifact)].outputs
-    inputs, outputs = _renamed(takes, pipeline.inputs), _renamed(gives, pipeline.outputs)
-    return Signature(
-        inputs=inputs,
-        outputs=outputs,
-        max_batch=min(block.max_batch for block in blocks),
-        entry={port.name: ours.name for port, ours in zip(takes, inputs, strict=True)},
-        results={ours.name: port.name for port, ours in zip(gives, outputs, strict=True)},
-    )
+) -> Wiring:
+    """Wire a pipeline of a topology that has passed `validate`."""
+    found, problems = _wire(topology, manifests, topology.pipelines[name])
+    if found is None:
+        raise ValueError(f"pipeline {name} was not validated: {'; '.join(problems)}")
+    return found
+
+
+def rows_of(topology: Topology, name: PipelineName) -> int:
+    """The most rows of one request to a pipeline: what all of its blocks can take."""
+    members = topology.pipelines[name].members
+    return min(topology.blocks[block].max_batch for block in members)
 
 
 def mps_wanted(topology: Topology) -> dict[str, bool]:
@@ -249,9 +217,11 @@ def _pipeline_actions(before: Topology, after: Topology) -> Iterator[str]:
     for name, pipeline in after.pipelines.items():
         old = before.pipelines.get(name)
         if old is None:
-            yield f"add pipeline {name}: {_path(pipeline.blocks)}"
-        elif old.blocks != pipeline.blocks:
-            yield f"change pipeline {name}: {_path(old.blocks)} becomes {_path(pipeline.blocks)}"
+            yield f"add pipeline {name}: {path(pipeline)}"
+        elif path(old) != path(pipeline):
+            yield f"change pipeline {name}: {path(old)} becomes {path(pipeline)}"
+        elif old.feeds != pipeline.feeds:
+            yield f"change pipeline {name}: other tensors between its blocks"
         elif old != pipeline:
             yield f"change pipeline {name}: other names of its inputs or outputs"
     for name in before.pipelines:
@@ -286,8 +256,8 @@ def _batch_problems(name: str, max_batch: int, manifest: Manifest) -> Iterator[s
         rows = port.shape[0] if port.shape else BATCH
         if isinstance(rows, int) and rows > max_batch:
             yield (
-                f"block {name}: its artifact takes exactly {rows} rows ({_port(port)}), more than "
-                f"its max_batch of {max_batch}; set max_batch to at least {rows}"
+                f"block {name}: its artifact takes exactly {rows} rows ({port_text(port)}), more "
+                f"than its max_batch of {max_batch}; set max_batch to at least {rows}"
             )
 
 
@@ -343,17 +313,12 @@ def _worker_problems(topology: Topology) -> Iterator[str]:
             yield f"worker {worker}: its blocks must share one device, but it has {where}"
 
 
-def _chain_problems(topology: Topology) -> Iterator[str]:
+def _member_problems(topology: Topology) -> Iterator[str]:
     for name, pipeline in topology.pipelines.items():
-        for block, times in Counter(pipeline.blocks).items():
+        for block in dict.fromkeys(pipeline.members):
             if block not in topology.blocks:
                 known = ", ".join(topology.blocks) or "none"
                 yield f"pipeline {name}: there is no block {block}; there are: {known}"
-            if times > 1:
-                yield (
-                    f"pipeline {name}: block {block} comes twice; a pipeline passes each block "
-                    "once (deploy the artifact under a second name to run it again)"
-                )
 
 
 def _cycle_problems(topology: Topology) -> Iterator[str]:
@@ -364,113 +329,43 @@ def _cycle_problems(topology: Topology) -> Iterator[str]:
     """
     users: dict[tuple[str, str], str] = {}
     for name, pipeline in topology.pipelines.items():
-        if not _repeats(pipeline):
-            for edge in itertools.pairwise(pipeline.blocks):
+        mine = edges(pipeline)
+        if not cycle(mine):  # or else that is the problem
+            for edge in mine:
                 users.setdefault(edge, name)
-    while cycle := _find_cycle(users):
-        path = " → ".join(cycle)
+    while found := cycle(users):
+        way = " → ".join(found)
         steps = ", ".join(
             f"{before} → {after} in pipeline {users[before, after]}"
-            for before, after in itertools.pairwise(cycle)
+            for before, after in itertools.pairwise(found)
         )
         yield (
-            f"the pipelines form a cycle {path} ({steps}): the blocks would wait for each other's "
+            f"the pipelines form a cycle {way} ({steps}): the blocks would wait for each other's "
             "slots for ever; deploy one of them under a second name"
         )
-        users = {edge: user for edge, user in users.items() if not set(edge) & set(cycle)}
+        users = {edge: user for edge, user in users.items() if not set(edge) & set(found)}
 
 
-def _repeats(pipeline: Pipeline) -> bool:
-    return len(set(pipeline.blocks)) < len(pipeline.blocks)
+def _wiring_problems(
+    topology: Topology, manifests: Mapping[Digest, Manifest | str]
+) -> Iterator[str]:
+    for name, pipeline in topology.pipelines.items():
+        for problem in _wire(topology, manifests, pipeline)[1]:
+            yield f"pipeline {name}: {problem}"
 
 
-def _find_cycle(edges: Collection[tuple[str, str]]) -> list[str]:
-    followers: dict[str, list[str]] = defaultdict(list)
-    for before, after in edges:
-        followers[after].append(before)
-    try:
-        graphlib.TopologicalSorter(followers).prepare()
-    except graphlib.CycleError as error:
-        cycle: list[str] = error.args[1]
-        return cycle
-    return []
-
-
-def _port_problems(topology: Topology, manifests: Mapping[Digest, Manifest | str]) -> Iterator[str]:
-    def manifest_of(block: str) -> Manifest | None:
+def _wire(
+    topology: Topology,
+    manifests: Mapping[Digest, Manifest] | Mapping[Digest, Manifest | str],
+    pipeline: Pipeline,
+) -> tuple[Wiring | None, tuple[str, ...]]:
+    def manifest_of(block: BlockName) -> Manifest | None:
         if block not in topology.blocks:
             return None
         manifest = manifests.get(Digest(topology.blocks[block].artifact))
         return manifest if isinstance(manifest, Manifest) else None
 
-    for name, pipeline in topology.pipelines.items():
-        for before, after in itertools.pairwise(pipeline.blocks):
-            previous, following = manifest_of(before), manifest_of(after)
-            if previous is not None and following is not None:
-                for misfit in _misfits(before, previous, after, following):
-                    yield f"pipeline {name}: {misfit}"
-        first, last = pipeline.blocks[0], pipeline.blocks[-1]
-        if (entry := manifest_of(first)) is not None:
-            yield from _name_problems(name, "inputs", pipeline.inputs, first, entry.inputs)
-        if (end := manifest_of(last)) is not None:
-            yield from _name_problems(name, "outputs", pipeline.outputs, last, end.outputs)
-
-
-def _misfits(before: str, previous: Manifest, after: str, following: Manifest) -> Iterator[str]:
-    if len(previous.outputs) != len(following.inputs):
-        yield (
-            f"block {before} gives {_ports(previous.outputs)} but block {after} takes "
-            f"{_ports(following.inputs)}"
-        )
-        return
-    outputs = {port.name: port for port in previous.outputs}
-    source = wiring(previous, following)
-    for taken in following.inputs:
-        given = outputs[source[taken.name]]
-        if not _fits(given, taken):
-            yield f"block {before} gives {_port(given)} but block {after} takes {_port(taken)}"
-
-
-def _renamed(ports: tuple[Port, ...], names: tuple[str, ...] | None) -> tuple[Port, ...]:
-    if names is None:
-        return ports
-    return tuple(
-        Port(name, port.dtype, port.shape) for name, port in zip(names, ports, strict=True)
-    )
-
-
-def _name_problems(
-    pipeline: str, side: str, names: tuple[str, ...] | None, block: str, ports: tuple[Port, ...]
-) -> Iterator[str]:
-    if names is None:
-        return
-    if len(names) != len(ports):
-        yield (
-            f"pipeline {pipeline}: it names {len(names)} {side} ({', '.join(names)}), but block "
-            f"{block} has {_ports(ports)}"
-        )
-    for name, times in Counter(names).items():
-        if times > 1:
-            yield f"pipeline {pipeline}: {side} has the name {name} {times} times"
-
-
-def _fits(given: Port, taken: Port) -> bool:
-    if given.dtype != taken.dtype or len(given.shape) != len(taken.shape):
-        return False
-    # Only one way round: a block that takes any number of rows also takes a fixed number.
-    return all(
-        have == want or (axis == 0 and want == BATCH)
-        for axis, (have, want) in enumerate(zip(given.shape, taken.shape, strict=True))
-    )
-
-
-def _port(port: Port) -> str:
-    return f"{port.name} {port.dtype}[{','.join(map(str, port.shape))}]"
-
-
-def _ports(ports: Sequence[Port]) -> str:
-    count = "1 tensor" if len(ports) == 1 else f"{len(ports)} tensors"
-    return f"{count} ({', '.join(map(_port, ports))})" if ports else count
+    return wire(pipeline, manifest_of)
 
 
 def _blocks(names: Sequence[str]) -> str:

@@ -26,7 +26,14 @@ from blockflow.artifact import BATCH
 from blockflow.batching import Limits, Waiting, decide
 from blockflow.cores import Cores
 from blockflow.counting import BATCH_SIZES, Buckets
-from blockflow.errors import BlockFailed, BlockFlowError, DeadlineExceeded, Unavailable
+from blockflow.errors import (
+    BlockFailed,
+    BlockFlowError,
+    DeadlineExceeded,
+    Overloaded,
+    Unavailable,
+)
+from blockflow.joining import Joins, Verdict
 from blockflow.ledger import Ledger, ledger_path
 from blockflow.program import Program
 from blockflow.protocol import (
@@ -36,12 +43,14 @@ from blockflow.protocol import (
     Note,
     Route,
     RouteId,
+    Step,
     decode_note,
     encode,
 )
 from blockflow.reconcile import BlockSpec
 from blockflow.runner import Loan, prepare
 from blockflow.topology import BlockName, PipelineName
+from blockflow.wiring import Source
 from tensormq import (
     Carrier,
     Loop,
@@ -58,7 +67,10 @@ from tensormq import Timeout as NoSlot
 
 log = logging.getLogger(__name__)
 
-_RESOLVE_SECONDS = 0.1
+_LOOK_SECONDS = 0.1
+"""How often a block looks for parts that are late and, while it waits, for device times."""
+_MOST_JOINING = 1024
+"""Requests that wait for a part of theirs: far more than credits let be under way."""
 _LONGEST_ERROR = 2000
 """Characters of a model's error that clients get to see."""
 
@@ -69,12 +81,13 @@ class _Arrival:
 
     `release` is called when the last of the requests needs them no more. `ready` is recorded on the
     stream of another block of this process that computed them; `loan` says that they lie where
-    that block will write again.
+    that block will write again, `in_slot` that they lie where another process may be waiting to.
     """
 
     tensors: Mapping[str, Tensor]
     release: Callable[[], None]
     requests: int
+    in_slot: bool = False
     ready: torch.cuda.Event | None = None
     loan: Loan | None = None
     time: float = field(default_factory=time.monotonic)
@@ -88,29 +101,70 @@ class _Arrival:
         if not self.requests:
             self.release()
 
+    def move_to(self, device: torch.device) -> None:
+        """Move the tensors out of their slot and give it back."""
+        self.tensors = {
+            name: tensor.to(device, copy=True, non_blocking=True)
+            for name, tensor in self.tensors.items()
+        }
+        self.release()
+        self.release = _nothing
+        self.in_slot = False
 
-@dataclass
-class _Item:
-    """One request in the queue: its rows are `arrival.tensors[...][rows]`."""
+
+@dataclass(frozen=True)
+class _Part:
+    """What one block sent of a request: its rows are `arrival.tensors[...][rows]`."""
 
     request: Request
-    route: RouteId
-    way: _Way
     hops: tuple[Hop, ...]
     arrival: _Arrival
     rows: slice
 
 
 @dataclass(frozen=True)
+class _Item:
+    """A request in the queue, with a part from each block that feeds this one.
+
+    `since` is when it was complete, by the host's monotonic clock.
+    """
+
+    request: Request
+    route: RouteId
+    way: _Way
+    hops: tuple[Hop, ...]
+    parts: Mapping[BlockName | None, _Part]
+    since: float
+
+    def drop(self) -> None:
+        for part in self.parts.values():
+            part.arrival.drop()
+
+
+@dataclass(frozen=True)
+class _Leg:
+    """Where some outputs go: to a block of this worker, or in one message to others.
+
+    `warned` are those of them that must be told of a request that fails here, because they, or
+    blocks after them, put its parts together.
+    """
+
+    to: Block | tuple[Peer, ...]
+    outputs: tuple[str, ...]
+    warned: tuple[Block | Peer, ...] = ()
+
+
+@dataclass(frozen=True)
 class _Way:
     """What a block knows of a route: where its inputs come from, where its outputs go.
 
-    `rows` is the most that one message to `following` may carry.
+    `rows` is the most that one message from it may carry. `results` hears of failures.
     """
 
     pipeline: PipelineName
-    wiring: Mapping[str, str]
-    following: Peer | Block
+    feeds: Mapping[str, Source]
+    sources: frozenset[BlockName | None]
+    legs: tuple[_Leg, ...]
     rows: int
     results: Peer
 
@@ -151,6 +205,7 @@ class Block:
         self._on_fatal = on_fatal
         self._slots = slots
         self._fused = tuple(fused)
+        self._lost = encode(Note(block=spec.name, error="the request failed at a block before"))
         self._device = torch.device(spec.device)
         self._gpu = self._device.type == "cuda"
         self._limits = Limits(
@@ -162,12 +217,14 @@ class Block:
         self._queue: deque[_Item] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
         self._ways: dict[RouteId, _Way] = {}
+        self._joins: Joins[tuple[RouteId, int], BlockName | None, _Part] = Joins(_MOST_JOINING)
         self._peers: dict[tuple[str, bool], Peer] = {}
         self._local_counts: dict[BlockName, list[int]] = {}
         self._counts = _Counts()
         # Launched and not known to be done: begin, end, the requests in it. Empty on a CPU.
         self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[int]]] = deque()
         self._busy_until = float("-inf")
+        self._next_look = 0.0
         self._threads = 0
         self._stopping = False
         self._started: Future[None] = Future()
@@ -193,12 +250,17 @@ class Block:
     def submit(
         self,
         route: RouteId,
+        source: BlockName,
         requests: Sequence[Request],
         hops: Sequence[tuple[Hop, ...]],
         arrival: _Arrival,
     ) -> None:
         """Take requests from a block of the same process."""
-        self._loop.call_soon(lambda: self._enqueue(route, requests, hops, arrival))
+        self._loop.call_soon(lambda: self._enqueue(route, source, requests, hops, arrival))
+
+    def lose(self, route: RouteId, source: BlockName, requests: Sequence[Request]) -> None:
+        """Hear that requests failed at a block of the same process that feeds this one."""
+        self._loop.call_soon(lambda: self._lose(route, source, requests))
 
     def stop(self) -> None:
         """Let the thread finish what is queued and end; wait for it with `join`."""
@@ -223,6 +285,7 @@ class Block:
             requests=mine.requests,
             failures=0,
             queued=0,
+            incomplete=0,
             batches=0,
             batch_sizes=Buckets(BATCH_SIZES).snapshot(),
             compute_ms=0.0,
@@ -254,6 +317,7 @@ class Block:
             requests=dict(counts.requests),
             failures=counts.failures,
             queued=len(self._queue),
+            incomplete=self._joins.waiting,
             batches=counts.batches,
             batch_sizes=counts.sizes.snapshot(),
             compute_ms=counts.compute_ms,
@@ -344,23 +408,30 @@ class Block:
             elif self._stopping:
                 return
             else:
-                wait = _RESOLVE_SECONDS if self._timed else None
+                wait = _LOOK_SECONDS if self._timed or self._joins.waiting else None
             self._loop.run_once(wait)
             self._resolve_times()
+            self._expire()
 
     def _take(self, message: Message) -> None:
         try:
-            hops = decode_note(message.note).hops or ((),) * len(message.requests)
+            note = decode_note(message.note)
         except msgspec.MsgspecError as error:
             log.warning("block %s received an unreadable note: %s", self.spec.name, error)
             message.release()
             return
-        arrival = _Arrival(message.tensors, message.release, len(message.requests))
-        self._enqueue(RouteId(message.route), message.requests, hops, arrival)
+        route, requests = RouteId(message.route), message.requests
+        if note.error is not None:
+            message.release()
+            self._lose(route, note.block, requests)
+            return
+        arrival = _Arrival(message.tensors, message.release, len(requests), in_slot=True)
+        self._enqueue(route, note.block, requests, note.hops or ((),) * len(requests), arrival)
 
     def _enqueue(
         self,
         route: RouteId,
+        source: BlockName | None,
         requests: Sequence[Request],
         hops: Sequence[tuple[Hop, ...]],
         arrival: _Arrival,
@@ -372,17 +443,76 @@ class Block:
                 arrival.drop()
             return
         start = 0
+        wait = False
         for request, past in zip(requests, hops, strict=True):
-            rows = slice(start, start + request.rows)
-            self._queue.append(_Item(request, route, way, past, arrival, rows))
+            part = _Part(request, past, arrival, slice(start, start + request.rows))
             start += request.rows
+            if way.sources == {source}:
+                item = _Item(request, route, way, past, {source: part}, arrival.time)
+                self._queue.append(item)
+            else:
+                wait |= self._join(route, way, source, part)
+        if wait and arrival.in_slot:
+            # Or else blocks that feed this one could wait for slots that are held here until what
+            # they have not sent yet arrives.
+            arrival.move_to(self._device)
+
+    def _join(self, route: RouteId, way: _Way, source: BlockName | None, part: _Part) -> bool:
+        """Take a part of a request and queue the request if it is the last; whether it waits."""
+        request = part.request
+        found = self._joins.add((route, request.id), way.sources, source, part, request.deadline)
+        match found:
+            case Verdict.WAITING:
+                return True
+            case Verdict.LOST:
+                part.arrival.drop()
+            case Verdict.REFUSED:
+                part.arrival.drop()
+                many = Overloaded(
+                    f"{self._joins.waiting} requests wait at block {self.spec.name} for a part of "
+                    "theirs; try again later"
+                )
+                self._fail([(route, way, request)], many)
+            case parts:
+                hops = {hop.block: hop for each in parts.values() for hop in each.hops}
+                since = max(each.arrival.time for each in parts.values())
+                self._queue.append(_Item(request, route, way, tuple(hops.values()), parts, since))
+        return False
+
+    def _lose(self, route: RouteId, source: BlockName | None, requests: Sequence[Request]) -> None:
+        """Requests failed at a block that feeds this one: there is nothing to wait for."""
+        way = self._ways.get(route)
+        if way is None:
+            return
+        for request in requests:
+            key = route, request.id
+            news, parts = self._joins.lose(key, way.sources, source, request.deadline)
+            for part in parts:
+                part.arrival.drop()
+            if news:
+                self._warn(route, way.legs, request, self._lost)
+
+    def _expire(self) -> None:
+        """Give up requests whose deadline passed while a part was missing."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
+        for (route, _), parts in self._joins.expire(now):
+            way = self._ways.get(route)
+            late = DeadlineExceeded(
+                f"the deadline passed while block {self.spec.name} waited for a part of the request"
+            )
+            if way is not None and parts:
+                self._fail([(route, way, parts[0].request)], late)
+            for part in parts:
+                part.arrival.drop()
 
     def _step(self) -> float:
         """Compute what should be computed now; gives the seconds to wait for more before asking."""
         now = time.monotonic()
         waiting = [
-            Waiting(item.request.rows, item.arrival.time, item.request.deadline)
-            for item in self._queue
+            Waiting(item.request.rows, item.since, item.request.deadline) for item in self._queue
         ]
         decision = decide(waiting, self._limits, now, self._busy_until)
         taken = set(decision.expired) | set(decision.batch)
@@ -393,8 +523,8 @@ class Block:
                 late = DeadlineExceeded(
                     f"the deadline passed before block {self.spec.name} could begin"
                 )
-                self._fail([items[index]], late)
-                items[index].arrival.drop()
+                self._fail_items([items[index]], late)
+                items[index].drop()
             if decision.batch:
                 self._compute([items[index] for index in decision.batch])
                 self._busy_until = time.monotonic()
@@ -412,18 +542,18 @@ class Block:
             self._forward(batch)
         except torch.AcceleratorError as error:
             # The context is lost: every later call on this device would fail as well.
-            self._fail(batch, error)
+            self._fail_items(batch, error)
             raise
         except Exception as error:  # noqa: BLE001 - whatever a model raises fails its own requests
             if len(batch) == 1:
-                self._fail(batch, error)
+                self._fail_items(batch, error)
             else:
                 log.info("block %s: a batch failed (%s); one by one", self.spec.name, error)
                 self._compute_one_by_one(batch)
         finally:
             self._write_ledger([])
             for item in batch:
-                item.arrival.drop()
+                item.drop()
 
     def _compute_one_by_one(self, batch: Sequence[_Item]) -> None:
         """Find out which requests of a batch are at fault; the others get their answer."""
@@ -433,7 +563,7 @@ class Block:
             except torch.AcceleratorError:
                 raise
             except Exception as error:  # noqa: BLE001 - as in `_compute`
-                self._fail([item], error)
+                self._fail_items([item], error)
 
     def _forward(self, batch: Sequence[_Item]) -> None:
         started = time.monotonic()
@@ -447,7 +577,7 @@ class Block:
         finished = time.monotonic()
         self._counts.batches += 1
         self._counts.sizes.add(len(batch))
-        self._counts.queue_ms += sum(started - item.arrival.time for item in batch) * 1e3
+        self._counts.queue_ms += sum(started - item.since for item in batch) * 1e3
         if began is not None and ended is not None:
             self._timed.append((began, ended, [item.request.id for item in batch]))
         else:
@@ -457,7 +587,7 @@ class Block:
                 *item.hops,
                 Hop(
                     self.spec.name,
-                    (started - item.arrival.time) * 1e3,
+                    (started - item.since) * 1e3,
                     (finished - started) * 1e3,
                 ),
             )
@@ -497,7 +627,10 @@ class Block:
         What was lent to this block is read until `reading` ends.
         """
         stream = torch.cuda.current_stream(self._device) if self._gpu else None
-        for arrival in {id(item.arrival): item.arrival for item in batch}.values():
+        arrivals = {
+            id(part.arrival): part.arrival for item in batch for part in item.parts.values()
+        }
+        for arrival in arrivals.values():
             if stream is None:
                 continue
             if arrival.loan is not None:
@@ -507,13 +640,8 @@ class Block:
                 for tensor in arrival.tensors.values():
                     # Its own stream's allocator may not reuse it while this stream reads it.
                     tensor.record_stream(stream)
-        first = batch[0].arrival
-        whole = len(batch) == first.total and all(item.arrival is first for item in batch)
         return {
-            mine: [self._here(first, theirs, None)]
-            if whole
-            else [self._here(item.arrival, item.way.wiring[mine], item.rows) for item in batch]
-            for mine, theirs in batch[0].way.wiring.items()
+            port: [self._here(*run) for run in _runs(batch, port)] for port in batch[0].way.feeds
         }
 
     def _here(self, arrival: _Arrival, name: str, rows: slice | None) -> Tensor:
@@ -536,38 +664,57 @@ class Block:
         """Send the outputs of `items`, which share a route, to where that route leads."""
         way, route = items[0].way, items[0].route
         requests = tuple(item.request for item in items)
-        if isinstance(way.following, Block):
-            kept = {
-                name: tensor.clone() if tensor.untyped_storage().data_ptr() in lent else tensor
-                for name, tensor in outputs.items()
-            }
-            count = self._local_counts.setdefault(way.following.spec.name, [0, 0])
-            count[0] += 1
-            count[1] += sum(tensor.nbytes for tensor in kept.values())
-            loan = self._runner.lend(kept)
-            if loan is not None:
-                arrival = _Arrival(loan.tensors, loan.end, len(items), loan=loan)
-            else:
-                arrival = _Arrival(kept, _nothing, len(items), ready=self._event(timing=False))
-            way.following.submit(route, requests, hops, arrival)
-            return
         deadlines = [request.deadline for request in requests]
-        left = None if 0 in deadlines else max(0.0, max(deadlines) - time.monotonic())
-        try:
-            self._push.send(
-                outputs,
-                to=way.following,
-                requests=requests,
-                route=route,
-                note=encode(Note(tuple(hops))),
-                timeout=left,
-            )
-        except (PeerLost, NoSlot) as error:
-            self._fail(items, error)
+        note = encode(Note(tuple(hops), self.spec.name))
+        for number, leg in enumerate(way.legs):
+            mine = {name: outputs[name] for name in leg.outputs}
+            if isinstance(leg.to, Block):
+                arrival = self._lend(leg.to.spec.name, mine, len(items), lent)
+                leg.to.submit(route, self.spec.name, requests, hops, arrival)
+                continue
+            left = None if 0 in deadlines else max(0.0, max(deadlines) - time.monotonic())
+            try:
+                self._push.send(
+                    mine, to=leg.to, requests=requests, route=route, note=note, timeout=left
+                )
+            except (PeerLost, NoSlot) as error:
+                # Those before have theirs, and hear of it no more.
+                self._fail_items(items, error, way.legs[number:])
+                return
 
-    def _fail(self, items: Sequence[_Item], error: Exception) -> None:
-        """Tell the requests' gateways what happened; the block goes on with the next."""
-        self._counts.failures += len(items)
+    def _lend(
+        self, neighbour: BlockName, outputs: Mapping[str, Tensor], requests: int, lent: set[int]
+    ) -> _Arrival:
+        """Outputs as a block of this worker receives them."""
+        kept = {
+            name: tensor.clone() if tensor.untyped_storage().data_ptr() in lent else tensor
+            for name, tensor in outputs.items()
+        }
+        count = self._local_counts.setdefault(neighbour, [0, 0])
+        count[0] += 1
+        count[1] += sum(tensor.nbytes for tensor in kept.values())
+        loan = self._runner.lend(kept)
+        if loan is not None:
+            return _Arrival(loan.tensors, loan.end, requests, loan=loan)
+        return _Arrival(kept, _nothing, requests, ready=self._event(timing=False))
+
+    def _fail_items(
+        self, items: Sequence[_Item], error: Exception, legs: Sequence[_Leg] | None = None
+    ) -> None:
+        self._fail([(item.route, item.way, item.request) for item in items], error, legs)
+
+    def _fail(
+        self,
+        failed: Sequence[tuple[RouteId, _Way, Request]],
+        error: Exception,
+        legs: Sequence[_Leg] | None = None,
+    ) -> None:
+        """Tell the requests' gateways what happened, and those who would wait for parts of them.
+
+        legs: where nothing was sent yet; all of a request's by default. The block goes on with the
+        next request.
+        """
+        self._counts.failures += len(failed)
         match error:
             case BlockFlowError():
                 known: BlockFlowError = error
@@ -583,14 +730,23 @@ class Block:
                     f"block {self.spec.name} failed: {type(error).__name__}: {text}"
                 )
                 log.error("block %s failed", self.spec.name, exc_info=error)
-        note = encode(Note(error=str(known), status=known.status))
-        for item in items:
+        note = encode(Note(block=self.spec.name, error=str(known), status=known.status))
+        for route, way, request in failed:
             try:
-                self._push.send(
-                    {}, to=item.way.results, requests=(item.request,), route=item.route, note=note
-                )
+                self._push.send({}, to=way.results, requests=(request,), route=route, note=note)
             except PeerLost:
                 log.warning("nobody is left to be told: %s", known)
+            self._warn(route, way.legs if legs is None else legs, request, note)
+
+    def _warn(self, route: RouteId, legs: Iterable[_Leg], request: Request, note: bytes) -> None:
+        """Tell those who put parts of a request together that there will be none from here."""
+        for receiver in (each for leg in legs for each in leg.warned):
+            if isinstance(receiver, Block):
+                receiver.lose(route, self.spec.name, (request,))
+                continue
+            # Whoever is gone has nothing to wait for.
+            with contextlib.suppress(PeerLost):
+                self._push.send({}, to=receiver, requests=(request,), route=route, note=note)
 
     def _event(self, *, timing: bool) -> torch.cuda.Event | None:
         if not self._gpu:
@@ -618,21 +774,50 @@ class Block:
 
     def _connect(self, routes: Iterable[Route]) -> None:
         for route in routes:
-            names = [step.block for step in route.steps]
-            here = names.index(self.spec.name)
-            last = here + 1 == len(route.steps)
-            results = self._peer(route.results, tensors=last)
-            following: Peer | Block = results
-            rows = self.spec.max_batch
-            if not last:
-                step = route.steps[here + 1]
-                following = self._neighbours.get(step.endpoint) or self._peer(
-                    step.endpoint, tensors=True
-                )
-                rows = min(rows, step.max_batch)
-            self._ways[route.id] = _Way(
-                route.pipeline, route.steps[here].wiring, following, rows, results
+            name = self.spec.name
+            step = next(step for step in route.steps if step.block == name)
+            following = route.following(name)
+            answers = tuple(
+                dict.fromkeys(each.port for each in route.gives.values() if each.block == name)
             )
+            results = self._peer(route.results, tensors=bool(answers))
+            legs = self._legs(route, following)
+            if answers:
+                legs.append(_Leg((results,), answers))
+            self._ways[route.id] = _Way(
+                pipeline=route.pipeline,
+                feeds=step.feeds,
+                sources=step.sources,
+                legs=tuple(legs),
+                rows=min(self.spec.max_batch, *(each.max_batch for each in following))
+                if following
+                else self.spec.max_batch,
+                results=results,
+            )
+
+    def _legs(self, route: Route, following: Sequence[Step]) -> list[_Leg]:
+        """Where outputs go that other blocks need: all of other workers get the same message."""
+        joining = route.joining
+        peers: list[Peer] = []
+        warned: list[Peer] = []
+        wanted: dict[str, None] = {}
+        legs = []
+        for step in following:
+            outputs = dict.fromkeys(
+                each.port for each in step.feeds.values() if each.block == self.spec.name
+            )
+            neighbour = self._neighbours.get(step.endpoint)
+            if neighbour is not None:
+                warn = (neighbour,) if step.block in joining else ()
+                legs.append(_Leg(neighbour, tuple(outputs), warn))
+                continue
+            peer = self._peer(step.endpoint, tensors=True)
+            peers.append(peer)
+            warned += [peer] if step.block in joining else []
+            wanted |= outputs
+        if peers:
+            legs.insert(0, _Leg(tuple(peers), tuple(wanted), tuple(warned)))
+        return legs
 
     def _peer(self, endpoint: str, *, tensors: bool) -> Peer:
         """A channel to `endpoint`; one that only tells of failures takes no shared memory."""
@@ -644,10 +829,19 @@ class Block:
         return peer
 
     def _retire(self, routes: Iterable[RouteId]) -> None:
-        for route in routes:
+        gone = set(routes)
+        for route in gone:
             self._ways.pop(route, None)
-        needed = {id(way.following) for way in self._ways.values()}
-        needed |= {id(way.results) for way in self._ways.values()}
+        for part in self._joins.forget([key for key in self._joins if key[0] in gone]):
+            part.arrival.drop()
+        needed = {id(way.results) for way in self._ways.values()}
+        needed |= {
+            id(peer)
+            for way in self._ways.values()
+            for leg in way.legs
+            if not isinstance(leg.to, Block)
+            for peer in leg.to
+        }
         for key, peer in tuple(self._peers.items()):
             if id(peer) not in needed:
                 del self._peers[key]
@@ -668,6 +862,32 @@ def _messages(batch: Sequence[_Item]) -> Iterator[tuple[int, int, int, int]]:
             first, start, rows = index, start + rows, 0
         rows += mine
     yield first, len(batch), start, rows
+
+
+def _runs(batch: Sequence[_Item], port: str) -> Iterator[tuple[_Arrival, str, slice | None]]:
+    """What feeds `port`: stretches of rows that lie together, None for all that arrived."""
+    run: list[_Part] = []
+    name = ""
+    for item in batch:
+        source = item.way.feeds[port]
+        part = item.parts[source.block]
+        if run and not (
+            part.arrival is run[0].arrival
+            and source.port == name
+            and part.rows.start == run[-1].rows.stop
+        ):
+            yield _stretch(run, name)
+            run = []
+        name = source.port
+        run.append(part)
+    yield _stretch(run, name)
+
+
+def _stretch(run: Sequence[_Part], name: str) -> tuple[_Arrival, str, slice | None]:
+    arrival = run[0].arrival
+    # All that arrived may have no dimension to cut.
+    whole = len(run) == arrival.total
+    return arrival, name, None if whole else slice(run[0].rows.start, run[-1].rows.stop)
 
 
 def _nothing() -> None:

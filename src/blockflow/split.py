@@ -42,11 +42,11 @@ from blockflow.graph import copy_graph, input_ports, output_ports, plain_module,
 from blockflow.identity import digest_of, script_digest
 from blockflow.models import ModuleSource, ProgramFile, ScriptFile, SourceModel
 from blockflow.program import flatten_outputs, read_script
-from blockflow.reconcile import wiring
 from blockflow.topology import Topology
 from blockflow.topology import parse as parse_topology
 from blockflow.torchscript import Interface, Stage, interface_of, joined, stages, weight_bytes
 from blockflow.weights import write_program
+from blockflow.wiring import by_rule
 
 __all__ = [
     "AtModules",
@@ -486,7 +486,7 @@ def topology_for(result: SplitResult, pipeline: str, *, device: str = "cpu") -> 
     """
     for before, after in pairwise(block.manifest for block in result.blocks):
         gives, takes = ([p.name for p in ports] for ports in (before.outputs, after.inputs))
-        if wiring(before, after) != dict(zip(takes, gives, strict=True)):
+        if by_rule(before.outputs, after.inputs) != dict(zip(takes, gives, strict=True)):
             raise ModelRefused(
                 f"{result.model}: the blocks {before.digest} and {after.digest} were stored "
                 f"earlier, by other models, and name what they hand over ({', '.join(gives)}) in "

@@ -62,6 +62,7 @@ class BlockStatus(_Frozen):
     requests: int = 0
     requests_by_pipeline: dict[str, int] = Field(default_factory=dict)
     queued: int = Field(0, description="requests that wait at the block now")
+    incomplete: int = Field(0, description="requests of which a part is still to come")
     batch_sizes: Histogram | None = Field(None, description="requests computed together")
     compute_ms_mean: float | None = Field(
         None, description="mean time of one computation, in milliseconds"
@@ -91,7 +92,10 @@ class PortStatus(_Frozen):
 
 class PipelineStatus(_Frozen):
     name: str
-    blocks: tuple[str, ...]
+    blocks: tuple[str, ...] = Field(description="each after those that feed it")
+    edges: tuple[tuple[str, str], ...] = Field(
+        (), description="pairs of blocks of which the first feeds the second"
+    )
     ready: bool
     reason: str | None = Field(None, description="why the pipeline is not ready")
     inputs: tuple[PortStatus, ...] = ()

@@ -148,6 +148,11 @@ def _of_blocks(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:
         "Requests that wait at the block.",
         labels=["block"],
     )
+    incomplete = GaugeMetricFamily(
+        "blockflow_block_incomplete_requests",
+        "Requests of which the block still awaits a part.",
+        labels=["block"],
+    )
     compute = SummaryMetricFamily(
         "blockflow_block_compute_seconds",
         "Computations of the block, and the time that they took together.",
@@ -172,6 +177,7 @@ def _of_blocks(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:
         for pipeline, count in block.requests_by_pipeline.items():
             requests.add_metric([block.name, pipeline], count)
         queued.add_metric([block.name], block.queued)
+        incomplete.add_metric([block.name], block.incomplete)
         if block.batch_sizes is not None:
             _add_histogram(batches, [block.name], block.batch_sizes)
             # Each computation is counted once in the histogram: that is how many there were.
@@ -187,7 +193,7 @@ def _of_blocks(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:
             sums[0] += channel.messages
             sums[1] += channel.bytes
             sums[2] += channel.host_bytes
-    yield from (info, state, requests, queued, compute, waiting, batches)
+    yield from (info, state, requests, queued, incomplete, compute, waiting, batches)
     labels = ["block", "peer", "carrier"]
     for place, (name, text) in enumerate(
         (

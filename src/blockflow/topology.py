@@ -9,10 +9,20 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, NewType
+from typing import Annotated, Any, Literal, NamedTuple, NewType, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from blockflow.errors import TopologyInvalid
 
@@ -33,6 +43,25 @@ _NESTED = "it is nested too deeply"
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 PortName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+
+INPUT = "input"
+"""What a pipeline's graph calls the tensors that clients send."""
+
+
+def _shape(value: object) -> str:
+    return "mapping" if isinstance(value, Mapping) else "plain"
+
+
+# Told apart by shape, so that a mistake is explained once and not once for each form.
+Feed = Annotated[
+    Annotated[PortName, Tag("plain")] | Annotated[dict[PortName, PortName], Tag("mapping")],
+    Discriminator(_shape),
+]
+Outputs = Annotated[
+    Annotated[tuple[PortName, ...], Tag("plain")]
+    | Annotated[dict[PortName, PortName], Tag("mapping")],
+    Discriminator(_shape),
+]
 
 
 GpuName = Annotated[str, Field(pattern=r"^cuda:(0|[1-9][0-9]{0,2})$")]
@@ -90,17 +119,69 @@ class Block(_Frozen):
     )
 
 
-class Pipeline(_Frozen):
-    """A chain of blocks that clients see as one model."""
+class Reference(NamedTuple):
+    """What a graph points to: a block or, where `block` is None, what clients send.
 
-    blocks: tuple[Name, ...] = Field(min_length=1, description="block names, first to last")
+    `port` is None where all of its tensors are meant, or the only one.
+    """
+
+    block: str | None
+    port: str | None
+
+
+class Pipeline(_Frozen):
+    """Blocks that clients see as one model: a chain of them (`blocks`), or a `graph`."""
+
+    blocks: tuple[Name, ...] | None = Field(
+        None, min_length=1, description="block names, first to last"
+    )
+    graph: dict[Name, Feed] | None = Field(
+        None,
+        min_length=1,
+        description="block: where its inputs come from, as `input`, a block, or "
+        "{port: input.NAME or BLOCK.PORT}",
+    )
     # One artifact serves models that call the same tensor by different names.
     inputs: tuple[PortName, ...] | None = Field(
-        None, description="what clients call the first block's inputs, in its order"
+        None, description="what clients call the inputs, in the order of the first block's"
     )
-    outputs: tuple[PortName, ...] | None = Field(
-        None, description="what clients call the last block's outputs, in its order"
+    outputs: Outputs | None = Field(
+        None,
+        description="what clients call the outputs: names in the order of the last block's, or "
+        "{name: BLOCK.PORT}",
     )
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> Self:
+        if self.blocks is None and self.graph is None:
+            raise PydanticCustomError("form", "must have `blocks` (a chain) or a `graph`")
+        if self.blocks is not None and self.graph is not None:
+            raise PydanticCustomError("form", "has both `blocks` and a `graph`; leave one out")
+        return self
+
+    @property
+    def members(self) -> tuple[BlockName, ...]:
+        """The blocks in the order in which they are written."""
+        return tuple(map(BlockName, self.graph if self.graph is not None else self.blocks or ()))
+
+    @property
+    def feeds(self) -> Mapping[BlockName, str | Mapping[str, str]]:
+        """Where each block's inputs come from, a chain written as the graph that it is."""
+        if self.graph is not None:
+            return {BlockName(name): feed for name, feed in self.graph.items()}
+        return dict(zip(self.members, (INPUT, *self.members), strict=False))
+
+    def reference(self, text: str) -> Reference:
+        """Read `input`, `input.NAME`, `BLOCK` or `BLOCK.PORT`.
+
+        A block's name may have dots, so the longest member that fits is meant. One that is no
+        member is given as far as the first dot.
+        """
+        if text == INPUT or text.startswith(INPUT + "."):
+            return Reference(None, text[len(INPUT) + 1 :] or None)
+        fitting = [name for name in self.members if text == name or text.startswith(name + ".")]
+        block = max(fitting, key=len, default=text.partition(".")[0])
+        return Reference(block, text[len(block) + 1 :] or None)
 
 
 class Gpu(_Frozen):
@@ -317,6 +398,7 @@ def _validated(data: object, problems: Iterable[str]) -> Topology:
 
 
 _A_NAME = "a name has 1 to 63 letters, digits, '_', '.' or '-', and starts with a letter or a digit"
+_A_PORT = "the name of a tensor has 1 to 128 characters"
 _EXPECTED = {
     "artifact": "must be a digest: sha256- and 64 hex digits, as `blockflow split` prints it",
     "device": "must be cpu or cuda:<index>, such as cuda:0",
@@ -338,9 +420,14 @@ def _problem(kind: str, at: tuple[int | str, ...], detail: Mapping[str, Any]) ->
     value = detail["input"]
     if at[-1] == "[key]" and at[0] == "devices":
         return f"devices: {value!r} is no GPU: it must be cuda:<index>, such as cuda:0"
-    if at[-1] == "[key]":
-        return f"{at[0]}: {value!r} is no name: {_explain_name(value)}"
-    path = ".".join(map(str, at[:3])) + "".join(f"[{index}]" for index in at[3:])
+    is_key = at[-1] == "[key]"
+    at = _without_tags(at[:-2] if is_key else at)
+    path = _path(at)
+    names_a_port = at[2:3] == ("outputs",) or (at[2:3] == ("graph",) and len(at) > 3)
+    if is_key and names_a_port and isinstance(value, str):
+        return f"{path}: {_short(value)} is no name: {_A_PORT}"
+    if is_key:
+        return f"{path}: {_short(value)} is no name: {_explain_name(value)}"
     field = at[-1]
     match kind:
         case "missing":
@@ -358,13 +445,39 @@ def _problem(kind: str, at: tuple[int | str, ...], detail: Mapping[str, Any]) ->
             return f"{path}: must be a mapping of names, not {_kind(value)} (write {{}} for none)"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"{path}: must be a mapping of settings, not {_kind(value)}"
+        case "form":
+            return f"{path}: {detail['msg']}"
         case "tuple_type":
-            return f"{path}: must be a list of block names, not {_kind(value)}"
-    if len(at) > 3:
+            names = "block names" if field == "blocks" else "names"
+            return f"{path}: must be a list of {names}, not {_kind(value)}"
+        case "string_type" if at[2:3] == ("graph",) and len(at) == 4:
+            return (
+                f"{path}: must say where the block's inputs come from: `input`, a block, or "
+                f"{{port: BLOCK.PORT}}, not {_kind(value)}"
+            )
+    if at[2:3] == ("blocks",):
         return f"{path}: {_short(value)} is no name: {_explain_name(value)}"
+    if len(at) > 3:
+        return f"{path}: {_short(value)} is no name: {_A_PORT}"
     if field in _EXPECTED:
         return f"{path}: {_EXPECTED[str(field)]}, not {_short(value)}"
     return f"{path}: {detail['msg'][:1].lower()}{detail['msg'][1:]}"
+
+
+def _without_tags(at: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Leave out what tells the forms of a setting apart, for nobody wrote it."""
+    match at:
+        case ("pipelines", _, "graph", _, "plain" | "mapping", *rest):
+            return (*at[:4], *rest)
+        case ("pipelines", _, "outputs", "plain" | "mapping", *rest):
+            return (*at[:3], *rest)
+        case _:
+            return at
+
+
+def _path(at: tuple[int | str, ...]) -> str:
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in at[1:]]
+    return f"{at[0]}{''.join(parts)}"
 
 
 def _model_of(setting: tuple[int | str, ...]) -> type[BaseModel]:

@@ -240,6 +240,8 @@ def _print_status(
     pipelines: list[PipelineStatus],
     survey: Survey,
 ) -> None:
+    from blockflow.wiring import drawn
+
     mps = {device.name: device.mps for device in survey.devices if device.mps is not None}
     under_mps = {worker for each in mps.values() for worker in each.clients}
     console = Console()
@@ -256,7 +258,7 @@ def _print_status(
                 yes(each.ready),
                 f"{each.requests}",
                 f"{each.errors}",
-                " → ".join(each.blocks),
+                drawn(each.blocks, each.edges),
             )
             for each in pipelines
         ),

@@ -234,7 +234,7 @@ def _shared_blocks(
     for name, topology in topologies:
         users: dict[str, dict[str, list[str]]] = {}
         for pipeline, settings in topology.pipelines.items():
-            for block in settings.blocks:
+            for block in settings.members:
                 digest = topology.blocks[block].artifact
                 users.setdefault(digest, {}).setdefault(block, []).append(pipeline)
         for digest, blocks in users.items():

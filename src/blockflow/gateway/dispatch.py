@@ -1,7 +1,8 @@
 """Brings requests to the blocks and their answers back: asyncio on one side, TensorMQ on the other.
 
 A thread owns the gateway's TensorMQ ends. A request crosses to it once with its tensors' bytes,
-which are written into a slot that the first block reads from, and crosses back with the answer's.
+which are written into slots that the first blocks read from. The answer's cross back from each
+block that gives some of them: the request is answered when all are there, or at the first failure.
 """
 
 from __future__ import annotations
@@ -29,11 +30,20 @@ from blockflow.errors import (
     Poisonous,
     Unavailable,
 )
-from blockflow.gateway.admission import Admission
+from blockflow.gateway.admission import Admission, Ticket
 from blockflow.gateway.http import ModelStatus
-from blockflow.protocol import Incarnation, Model, PipelineCount, Route, RouteId, decode_note
+from blockflow.protocol import (
+    Hop,
+    Incarnation,
+    Model,
+    PipelineCount,
+    Route,
+    RouteId,
+    Step,
+    decode_note,
+)
 from blockflow.topology import PipelineName
-from tensormq import Loop, Message, Peer, Pull, Push, Request, TensorMQError, slot_size
+from tensormq import Filling, Loop, Message, Peer, Pull, Push, Request, TensorMQError, slot_size
 from tensormq import Timeout as NoSlot
 
 log = logging.getLogger(__name__)
@@ -54,16 +64,24 @@ class _Stranded(Exception):
         self.suspected = suspected
 
 
-_Outcome: TypeAlias = oip.InferResult | BlockFlowError | _Stranded
+@dataclass(frozen=True)
+class _Part:
+    """Outputs that came from one block, by the names that clients use, and the way there."""
+
+    outputs: Mapping[str, oip.TensorValue]
+    hops: tuple[Hop, ...]
+
+
+_Outcome: TypeAlias = _Part | BlockFlowError | _Stranded
 
 _FAILURES: Mapping[int, type[BlockFlowError]] = {
-    cls.status: cls for cls in (BlockFailed, DeadlineExceeded)
+    cls.status: cls for cls in (BlockFailed, DeadlineExceeded, Overloaded)
 }
 
 
 @dataclass
 class _Entry:
-    """The first block of one or more routes: a channel of its own, so that its queue is its own."""
+    """A first block of one or more routes: a channel of its own, so that its queue is its own."""
 
     push: Push
     peer: Peer
@@ -72,8 +90,13 @@ class _Entry:
 
 @dataclass
 class _Way:
+    """`entries` are where a request goes first; `takes` says for each of them which inputs, by the
+    names that clients use. `max_rows` is the most rows of one request."""
+
     route: Route
-    entry: _Entry
+    entries: tuple[_Entry, ...]
+    takes: tuple[tuple[str, ...], ...]
+    max_rows: int
     under_way: set[int] = field(default_factory=set)
 
 
@@ -88,6 +111,20 @@ class _Counts:
 class _Pending:
     way: _Way
     answer: asyncio.Future[oip.InferResult]
+    outputs: dict[str, oip.TensorValue] = field(default_factory=dict)
+    hops: dict[str, Hop] = field(default_factory=dict)
+
+    def add(self, part: _Part) -> None:
+        """Take what one block gave; the answer is there when that was the last part."""
+        self.outputs.update(part.outputs)
+        self.hops.update((hop.block, hop) for hop in part.hops)
+        route = self.way.route
+        if len(self.outputs) < len(route.outputs):
+            return
+        outputs = [self.outputs[port.name] for port in route.outputs]
+        passed = [self.hops[step.block] for step in route.steps if step.block in self.hops]
+        timings = [(hop.block, hop.compute_ms) for hop in passed]
+        self.answer.set_result(oip.InferResult(outputs, timings))
 
 
 class BlockDispatcher:
@@ -136,7 +173,8 @@ class BlockDispatcher:
         """Raises Overloaded when a request to `model` would be refused whatever it holds."""
         route = self._routes.get(model)
         if route is not None:
-            self._ways[route].entry.admission.check(PipelineName(model), time.monotonic())
+            for entry in self._ways[route].entries:
+                entry.admission.check(PipelineName(model), time.monotonic())
 
     async def infer(self, model: oip.ModelMetadata, request: oip.InferRequest) -> oip.InferResult:
         """Compute the answer, on another route if one breaks down under the request.
@@ -175,7 +213,7 @@ class BlockDispatcher:
             if (route.inputs, route.outputs) != (
                 model.inputs,
                 model.outputs,
-            ) or request.rows > route.max_batch:
+            ) or request.rows > way.max_rows:
                 # What the tensors mean was decided by a generation that is no more.
                 raise Unavailable(
                     f"model {model.name!r} was replaced by one with other tensors or limits while "
@@ -216,8 +254,17 @@ class BlockDispatcher:
         self, way: _Way, request: oip.InferRequest, deadline: float, *, again: bool
     ) -> oip.InferResult:
         now = time.monotonic()
-        admission = way.entry.admission
-        ticket = admission.admit(way.route.pipeline, request.rows, now, deadline - now, again=again)
+        tickets: list[tuple[Admission, Ticket]] = []
+        try:
+            for entry in way.entries:
+                ticket = entry.admission.admit(
+                    way.route.pipeline, request.rows, now, deadline - now, again=again
+                )
+                tickets.append((entry.admission, ticket))
+        except Overloaded:
+            for admission, ticket in tickets:
+                admission.release(ticket, now, answered=False)
+            raise
         number = next(self._ids)
         pending = _Pending(way, self._asyncio.create_future())
         self._pending[number] = pending
@@ -225,31 +272,32 @@ class BlockDispatcher:
         answered = False
         try:
             envelope = Request(number, request.rows, deadline)
-            self._tensors.submit(way.entry, request.inputs, envelope, way.route.id)
+            self._tensors.submit(way, request.inputs, envelope)
             result = await pending.answer
             answered = True
             return result
         finally:
             del self._pending[number]
             way.under_way.discard(number)
-            admission.release(ticket, time.monotonic(), answered=answered)
+            for admission, ticket in tickets:
+                admission.release(ticket, time.monotonic(), answered=answered)
             self._settled.set()
 
     # What the server orders
 
     async def connect(self, routes: Iterable[Route]) -> None:
-        """Open a channel to the first block of each route. Raises TensorMQError."""
+        """Open channels to the first blocks of each route. Raises TensorMQError."""
         for route in routes:
-            entry = await asyncio.wrap_future(self._tensors.open(route))
-            self._ways[route.id] = _Way(route, entry)
+            self._ways[route.id] = await asyncio.wrap_future(self._tensors.open(route))
 
     async def retire(self, routes: Iterable[RouteId]) -> None:
         """Forget routes, and close the channels that no route needs any more."""
         for route in routes:
             way = self._ways.pop(route, None)
             if way is not None:
-                unused = all(other.entry is not way.entry for other in self._ways.values())
-                await asyncio.wrap_future(self._tensors.retire(way.route, close=unused))
+                used = {id(entry) for other in self._ways.values() for entry in other.entries}
+                unused = tuple(entry for entry in way.entries if id(entry) not in used)
+                await asyncio.wrap_future(self._tensors.retire(way.route, unused))
 
     def publish(self, models: Iterable[Model]) -> None:
         """Serve exactly these models; takes effect for the next request, and those that wait."""
@@ -312,14 +360,14 @@ class BlockDispatcher:
         if isinstance(outcome, BlockFlowError | _Stranded):
             pending.answer.set_exception(outcome)
         else:
-            pending.answer.set_result(outcome)
+            pending.add(outcome)
 
 
 class _TensorThread:
     """The thread that owns the gateway's Push and Pull ends.
 
     admission: makes the gate before a first block. settle: called in the event loop with a
-    request's id and its answer or failure.
+    request's id and a part of its answer, or its failure.
     """
 
     def __init__(
@@ -344,14 +392,12 @@ class _TensorThread:
 
     # Called from the event loop
 
-    def submit(
-        self, entry: _Entry, inputs: Iterable[oip.TensorValue], request: Request, route: RouteId
-    ) -> None:
-        """Write `inputs` into a slot of the first block's channel and send it."""
+    def submit(self, way: _Way, inputs: Iterable[oip.TensorValue], request: Request) -> None:
+        """Write `inputs` into slots of the first blocks' channels and send them."""
 
         def send() -> None:
             try:
-                self._send(entry, tuple(inputs), request, route)
+                self._send(way, {tensor.name: tensor for tensor in inputs}, request)
             except NoSlot:
                 # Requests whose clients left, or ran out of time, may still hold slots.
                 self._answer(request.id, Overloaded("every input slot is in use; try again later"))
@@ -361,13 +407,13 @@ class _TensorThread:
 
         self._loop.call_soon(send)
 
-    def open(self, route: Route) -> Future[_Entry]:
-        """Open the channel to a route's first block, or find the one that is open."""
+    def open(self, route: Route) -> Future[_Way]:
+        """Open the channels to a route's first blocks, or find those that are open."""
         return self._perform(lambda: self._open(route))
 
-    def retire(self, route: Route, *, close: bool) -> Future[None]:
-        """Forget a route and, if asked, close the channel to its first block."""
-        return self._perform(lambda: self._retire(route, close))
+    def retire(self, route: Route, unused: Collection[_Entry]) -> Future[None]:
+        """Forget a route and close the channels that no other needs."""
+        return self._perform(lambda: self._retire(route, unused))
 
     def close(self) -> None:
         def stop() -> None:
@@ -404,45 +450,61 @@ class _TensorThread:
         self._pull.close()
         self._loop.close()
 
-    def _open(self, route: Route) -> _Entry:
+    def _open(self, route: Route) -> _Way:
         self._routes[route.id] = route
-        endpoint = route.steps[0].endpoint
-        entry = self._entries.get(endpoint)
+        first = [step for step in route.steps if None in step.sources]
+        return _Way(
+            route,
+            entries=tuple(map(self._entry, first)),
+            # Once each, though one tensor may feed two ports of a block.
+            takes=tuple(
+                tuple(dict.fromkeys(s.port for s in step.feeds.values() if s.block is None))
+                for step in first
+            ),
+            max_rows=min(step.max_batch for step in route.steps),
+        )
+
+    def _entry(self, step: Step) -> _Entry:
+        entry = self._entries.get(step.endpoint)
         if entry is None:
+            # Room for all of its inputs, though on some routes other blocks feed it as well.
             size = slot_size(
-                {port.name: (port.dtype, port.sized(route.max_batch)) for port in route.inputs}
+                {port.name: (port.dtype, port.sized(step.max_batch)) for port in step.takes}
             )
             push = Push(slots=self._depth, slot_bytes=size, loop=self._loop)
             try:
-                entry = _Entry(push, push.connect(endpoint), self._admission())
+                entry = _Entry(push, push.connect(step.endpoint), self._admission())
             except BaseException:
                 push.close()
                 raise
-            self._entries[endpoint] = entry
+            self._entries[step.endpoint] = entry
         return entry
 
-    def _retire(self, route: Route, close: bool) -> None:
+    def _retire(self, route: Route, unused: Collection[_Entry]) -> None:
         self._routes.pop(route.id, None)
-        entry = self._entries.pop(route.steps[0].endpoint, None) if close else None
-        if entry is not None:
+        for entry in unused:
+            del self._entries[entry.peer.endpoint]
             entry.push.close()
 
-    def _send(
-        self,
-        entry: _Entry,
-        inputs: tuple[oip.TensorValue, ...],
-        request: Request,
-        route: RouteId,
-    ) -> None:
-        filling = entry.push.allocate(
-            {tensor.name: (tensor.dtype, tensor.shape) for tensor in inputs},
-            to=entry.peer,
-            timeout=0,
-        )
-        for tensor in inputs:
-            raw: np.ndarray[Any, Any] = filling.tensors[tensor.name].reshape(-1).view(np.uint8)
-            raw[:] = np.frombuffer(tensor.data, np.uint8)
-        entry.push.send(filling, to=entry.peer, requests=(request,), route=route)
+    def _send(self, way: _Way, inputs: Mapping[str, oip.TensorValue], request: Request) -> None:
+        """Send all that is needed or nothing. Raises TensorMQError."""
+        fillings: list[Filling] = []
+        try:
+            for entry, names in zip(way.entries, way.takes, strict=True):
+                filling = entry.push.allocate(
+                    {name: (inputs[name].dtype, inputs[name].shape) for name in names},
+                    to=entry.peer,
+                    timeout=0,
+                )
+                fillings.append(filling)
+                for name in names:
+                    raw: np.ndarray[Any, Any] = filling.tensors[name].reshape(-1).view(np.uint8)
+                    raw[:] = np.frombuffer(inputs[name].data, np.uint8)
+            for entry, filling in zip(way.entries, fillings, strict=True):
+                entry.push.send(filling, to=entry.peer, requests=(request,), route=way.route.id)
+        finally:
+            for filling in fillings:
+                filling.abandon()
 
     def _deliver(self, message: Message) -> None:
         note = decode_note(message.note)
@@ -458,19 +520,23 @@ class _TensorThread:
         route = self._routes.get(RouteId(message.route))
         if route is None:
             return  # it was retired: nobody waits for this any more
+        given = [
+            (port, source.port)
+            for port in route.outputs
+            if (source := route.gives[port.name]).block == note.block
+        ]
         start = 0
         for request, hops in zip(message.requests, note.hops, strict=True):
             rows = slice(start, start + request.rows)
             start += request.rows
-            outputs = []
-            for port in route.outputs:
-                array = message.tensors[route.gives[port.name]]
+            outputs = {}
+            for port, theirs in given:
+                array = message.tensors[theirs]
                 mine = array[rows] if len(message.requests) > 1 else array
                 # Copied, for the slot goes back to the block now and a client may be slow.
                 data = memoryview(mine.tobytes())
-                outputs.append(oip.TensorValue(port.name, port.dtype, mine.shape, data))
-            timings = [(hop.block, hop.compute_ms) for hop in hops]
-            self._answer(request.id, oip.InferResult(outputs, timings))
+                outputs[port.name] = oip.TensorValue(port.name, port.dtype, mine.shape, data)
+            self._answer(request.id, _Part(outputs, hops))
 
     def _answer(self, number: int, outcome: _Outcome) -> None:
         self._asyncio.call_soon_threadsafe(self._settle, number, outcome)
