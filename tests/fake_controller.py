@@ -20,7 +20,7 @@ from blockflow.status import (
     PipelineStatus,
 )
 from blockflow.topology import Block, BlockName, Generation, Pipeline, Topology
-from blockflow.wiring import edges
+from blockflow.wiring import edges, entries, exits, ordered, path
 
 DIGEST = "sha256-" + "a" * 64
 WANTED = Topology(
@@ -142,8 +142,11 @@ class FakeController:
         return [
             PipelineStatus(
                 name=name,
-                blocks=pipeline.members,
+                blocks=ordered(pipeline),
                 edges=edges(pipeline),
+                entries=entries(pipeline),
+                exits=exits(pipeline),
+                path=path(pipeline),
                 ready=not waiting & set(pipeline.members),
                 reason=f"waits for {', '.join(sorted(waiting))}" if waiting else None,
                 max_batch=8,

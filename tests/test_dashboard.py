@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import shutil
 import signal
@@ -31,7 +32,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from blockflow import dashboard
+from blockflow import dashboard, wiring
 from blockflow import topology as topology_file
 from blockflow.api import create_app
 from blockflow.artifact import Store
@@ -664,6 +665,32 @@ def test_one_line_can_be_shown_alone(page: Page, controller: FakeController) -> 
         assert page.focused.get_attribute("data-line") == "q"
 
 
+@pytest.mark.slow
+def test_a_pipeline_that_branches_and_joins_is_drawn_so(
+    page: Page, controller: FakeController
+) -> None:
+    feeds = {"t": "input", "l": "t", "r": "t", "j": {"a": "l", "b": "r"}}
+    controller.current = Topology(
+        blocks={name: Block(artifact=DIGEST) for name in feeds},
+        pipelines={"p": Pipeline(graph=feeds, outputs={"all": "j", "part": "t"})},
+    )
+    with Site(controller) as site:
+        page.open(site.url)
+        page.wait(lambda: page.texts("#graph .source"), "the graph")
+        left = page.run(
+            """const left = (name) =>
+                document.querySelector(`[data-block="${name}"]`).getBoundingClientRect().left;
+            return ["t", "l", "r", "j"].map(left);"""
+        )
+        assert left[0] < left[1] == left[2] < left[3]
+        # Five ways between blocks and two to clients, which have a dot each.
+        drawn = page.run("return document.querySelector('#graph .line path').getAttribute('d')")
+        assert drawn.count("M") == 7
+        assert page.run("return document.querySelectorAll('#graph .line circle').length") == 2
+        assert page.row("#pipelines", "p")["Blocks"] == "t → l, r; l → j; r → j"
+        assert page.complaints() == []
+
+
 # The pure modules, in the browser that they are for
 
 
@@ -685,7 +712,13 @@ def _yaml_is_read_back(page: Page) -> None:
     odd = Topology(
         store="/tmp/a b: #c\"d'é",  # noqa: S108 - a name, not a file
         blocks={name: Block(artifact=DIGEST, worker=name, device="cuda:0") for name in names},
-        pipelines={name: Pipeline(blocks=(name,), inputs=("a: b", "[x")) for name in names},
+        pipelines={
+            **{name: Pipeline(blocks=(name,), inputs=("a: b", "[x")) for name in names},
+            "graph": Pipeline(
+                graph={"a": "input", "x-1": {"no": "input.a: b", "x": "a.1"}},
+                outputs={"off": "x-1.y"},
+            ),
+        },
     )
     for given in (odd, Topology()):
         text = page.module("format.js", "module.toYaml(given[0])", given.model_dump(mode="json"))
@@ -693,9 +726,26 @@ def _yaml_is_read_back(page: Page) -> None:
 
 
 def _graphs_are_laid_out(page: Page) -> None:
-    def lay_out(pipelines: dict[str, list[str]], *more: str) -> Any:
-        blocks = list(dict.fromkeys([b for chain in pipelines.values() for b in chain] + [*more]))
-        listed = [{"name": name, "blocks": chain} for name, chain in pipelines.items()]
+    def lay_out(pipelines: dict[str, list[str] | Pipeline], *more: str) -> Any:
+        listed = [
+            {
+                "name": name,
+                "blocks": each.members,
+                "edges": wiring.edges(each),
+                "entries": wiring.entries(each),
+                "exits": wiring.exits(each),
+            }
+            if isinstance(each, Pipeline)
+            else {
+                "name": name,
+                "blocks": each,
+                "edges": list(itertools.pairwise(each)),
+                "entries": each[:1],
+                "exits": each[-1:],
+            }
+            for name, each in pipelines.items()
+        ]
+        blocks = list(dict.fromkeys([b for each in listed for b in each["blocks"]] + [*more]))
         layout = page.module("layout.js", "module.layOut(given[0], given[1])", listed, blocks)
         boxes = [*layout["blocks"], *layout["sources"]]
         for i, one in enumerate(boxes):
@@ -722,7 +772,7 @@ def _graphs_are_laid_out(page: Page) -> None:
     }  # fmt: skip
     straight = lay_out({"p": ["a", "b", "c"], "q": ["d", "e", "f"]})
     for line in straight["lines"]:
-        assert len({y for _, y in line["points"]}) == 1
+        assert len({y for way in line["ways"] for _, y in way}) == 1
     # What the server would refuse must not stop the page: circles, and a block that comes twice.
     lay_out({"p": ["a", "b"], "q": ["b", "a"]})
     lay_out({"p": ["a", "b", "a"]})
@@ -730,9 +780,24 @@ def _graphs_are_laid_out(page: Page) -> None:
     passing = lay_out({"p": ["a", "b", "c"], "q": ["a", "c"], "r": ["c"]})
     middle = next(block for block in passing["blocks"] if block["name"] == "b")
     for line in passing["lines"]:
-        for x, y in line["points"]:
+        for x, y in itertools.chain(*line["ways"]):
             if x == middle["x"] and line["name"] != "p":
                 assert not middle["y"] <= y <= middle["y"] + middle["height"]
+    # A line branches and joins, and ends wherever clients get something.
+    feeds = {"t": "input", "l": "t", "r": "t", "j": {"a": "l", "b": "r", "c": "t", "d": "input.d"}}
+    branching = lay_out({"p": Pipeline(graph=feeds, outputs={"all": "j", "part": "t"})})
+    place = {block["name"]: block for block in branching["blocks"]}
+    assert place["t"]["x"] < place["l"]["x"] == place["r"]["x"] < place["j"]["x"]
+    (line,) = branching["lines"]
+    assert len(line["ways"]) == 7
+    arriving = [way[-1] for way in line["ways"] if way[-1][0] == place["j"]["x"]]
+    assert len(arriving) == 4
+    assert len({y for _, y in arriving}) == 1
+    rights = [place[name]["x"] + place[name]["width"] for name in ("t", "j")]
+    assert sorted(x for x, _ in line["ends"]) == rights
+    assert {(hop["from"], hop["to"]) for hop in branching["hops"]} == {
+        ("t", "l"), ("t", "r"), ("t", "j"), ("l", "j"), ("r", "j"), ("j", None),
+    }  # fmt: skip
 
 
 def _rates_are_measured(page: Page) -> None:

@@ -71,3 +71,41 @@ def test_a_worker_is_replaced_when_other_blocks_are_fused() -> None:
     said = actions(before, after, plan)
     assert said[0] == "replace worker w (a → b → c apart; b → c fused)"
     assert plan_workers(before) == plan_workers(wanted({"p": "a b c"}))
+
+
+def graph(feeds: dict[str, Any], outputs: dict[str, str] | None = None) -> Topology:
+    return Topology(
+        blocks={name: Block(artifact=DIGEST, worker="w") for name in sorted(feeds)},
+        pipelines={"p": Pipeline(graph=feeds, outputs=outputs)},
+    )
+
+
+DIAMOND = {
+    "a1": "input",
+    "a2": "a1",
+    "l1": "a2",
+    "l2": "l1",
+    "r": "a2",
+    "j": {"a": "l2", "b": "r"},
+    "z": "j",
+}
+
+
+def test_the_chains_of_a_graph_are_fused_between_where_it_branches_and_joins() -> None:
+    assert chains(graph(DIAMOND)) == (("a1", "a2"), ("j", "z"), ("l1", "l2"))
+
+
+@pytest.mark.parametrize(
+    ("feeds", "outputs", "why"),
+    [
+        ({}, {"early": "l1", "late": "z"}, "clients get what is between"),
+        ({"l2": {"x": "l1", "y": "input.y"}}, None, "clients send what joins there"),
+        ({"l2": {"x": "l1.one"}}, None, "not all of it is taken, or under another name"),
+        ({"l2": "l1.one"}, None, "not all of it is taken"),
+        ({"j": {"a": "l2", "b": "r", "c": "l1"}}, None, "it is needed later"),
+    ],
+)
+def test_in_a_graph_nothing_is_fused_where_anything_comes_between(
+    feeds: dict[str, Any], outputs: dict[str, str] | None, why: str
+) -> None:
+    assert chains(graph({**DIAMOND, **feeds}, outputs)) == (("a1", "a2"), ("j", "z")), why

@@ -48,8 +48,11 @@ def block(name: str = "trunk", **more: Any) -> BlockStatus:
 
 
 def pipeline(name: str = "p", **more: Any) -> PipelineStatus:
-    settings = {"name": name, "blocks": ("trunk",), "ready": True, "max_batch": 8, **more}
-    return PipelineStatus.model_validate(settings)
+    only = ("trunk",)
+    settings = {"name": name, "blocks": only, "edges": (), "entries": only, "exits": only}
+    return PipelineStatus.model_validate(
+        {**settings, "path": "trunk", "ready": True, "max_batch": 8, **more}
+    )
 
 
 class Observed:

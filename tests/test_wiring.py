@@ -9,7 +9,7 @@ import pytest
 from blockflow.artifact import Manifest, Port
 from blockflow.reconcile import validate
 from blockflow.topology import BlockName, Pipeline, PipelineName, Topology
-from blockflow.wiring import Source, edges, ordered, path, wire
+from blockflow.wiring import Source, edges, entries, exits, ordered, path, wire
 from test_reconcile import block, manifest, port, store, wired
 
 # One tensor in, one out; two in; two out.
@@ -285,6 +285,9 @@ def test_order_edges_and_the_line_that_people_read() -> None:
     assert (ordered(backwards), path(backwards)) == (("a", "b", "c"), "a → b → c")
     diamond = Pipeline(graph=DIAMOND)
     assert path(diamond) == "t → l, r; l → j; r → j"
+    assert (entries(diamond), exits(diamond)) == (("t",), ("j",))
+    skips = Pipeline(graph={**DIAMOND, "j": {"a": "l", "b": "input.b"}}, outputs={"o": "r"})
+    assert (entries(skips), exits(skips)) == (("t", "j"), ("r",))
     apart = Pipeline(graph={"a": "input", "b": "input"}, outputs={"x": "a", "y": "b"})
     assert path(apart) == "a; b"
 

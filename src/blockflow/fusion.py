@@ -10,42 +10,35 @@ from __future__ import annotations
 from collections import defaultdict
 
 from blockflow.topology import Block, BlockName, Topology
+from blockflow.wiring import edges, entries, exits
 
 
 def chains(topology: Topology) -> tuple[tuple[BlockName, ...], ...]:
     """The blocks that are fused, first to last, in the order of their first blocks' names."""
-    after: defaultdict[str, set[str | None]] = defaultdict(set)
-    before: defaultdict[str, set[str | None]] = defaultdict(set)
+    # None stands for clients, and for what keeps a block from being the second of two.
+    after: defaultdict[BlockName, set[BlockName | None]] = defaultdict(set)
+    before: defaultdict[BlockName, set[BlockName | None]] = defaultdict(set)
     for pipeline in topology.pipelines.values():
-        given = pipeline.outputs.values() if isinstance(pipeline.outputs, dict) else ()
-        sources: set[str | None] = {pipeline.reference(text).block for text in given}
-        for name in sources - {None}:
-            after[str(name)].add(None)
+        for first, second in edges(pipeline):
+            after[first].add(second)
+            before[second].add(first)
+        for block in exits(pipeline):
+            after[block].add(None)
+        for block in entries(pipeline):
+            before[block].add(None)
         for block, feed in pipeline.feeds.items():
-            references = [
-                pipeline.reference(text)
-                for text in ((feed,) if isinstance(feed, str) else feed.values())
-            ]
-            before[block] |= {reference.block for reference in references}
-            if not isinstance(feed, str) or references[0].port is not None:
+            if not isinstance(feed, str) or pipeline.reference(feed).port is not None:
                 before[block].add(None)  # a chain is put together by the rule alone
-            for reference in references:
-                if reference.block is not None:
-                    after[reference.block].add(block)
-                    sources.add(reference.block)
-        for block in pipeline.members:
-            if block not in sources:
-                after[block].add(None)
-    joined: dict[str, str] = {}
-    for first, followers in after.items():
-        second = next(iter(followers))
+    joined: dict[BlockName, BlockName] = {}
+    for block, followers in after.items():
+        (following, *others) = followers
         if (
-            len(followers) == 1
-            and second is not None
-            and before[second] == {first}
-            and _agree(topology.blocks[first], topology.blocks[second])
+            following is not None
+            and not others
+            and before[following] == {block}
+            and _agree(topology.blocks[block], topology.blocks[following])
         ):
-            joined[first] = second
+            joined[block] = following
     starts = sorted(joined.keys() - joined.values())
     return tuple(tuple(_follow(joined, start)) for start in starts)
 
@@ -63,8 +56,8 @@ def _agree(first: Block, second: Block) -> bool:
     )
 
 
-def _follow(joined: dict[str, str], block: str) -> list[BlockName]:
-    found = [BlockName(block)]
+def _follow(joined: dict[BlockName, BlockName], block: BlockName) -> list[BlockName]:
+    found = [block]
     while (following := joined.get(found[-1])) is not None:
-        found.append(BlockName(following))
+        found.append(following)
     return found

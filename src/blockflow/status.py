@@ -94,8 +94,11 @@ class PipelineStatus(_Frozen):
     name: str
     blocks: tuple[str, ...] = Field(description="each after those that feed it")
     edges: tuple[tuple[str, str], ...] = Field(
-        (), description="pairs of blocks of which the first feeds the second"
+        description="pairs of blocks of which the first feeds the second"
     )
+    entries: tuple[str, ...] = Field(description="the blocks that take what clients send")
+    exits: tuple[str, ...] = Field(description="the blocks of which clients get outputs")
+    path: str = Field(description="the way through the blocks in one line, for people")
     ready: bool
     reason: str | None = Field(None, description="why the pipeline is not ready")
     inputs: tuple[PortStatus, ...] = ()

@@ -53,6 +53,27 @@ def edges(pipeline: Pipeline) -> tuple[Edge, ...]:
     return tuple(found)
 
 
+def entries(pipeline: Pipeline) -> tuple[BlockName, ...]:
+    """The blocks that take some of what clients send."""
+    return tuple(
+        block
+        for block, feed in pipeline.feeds.items()
+        if any(
+            pipeline.reference(text).block is None
+            for text in ((feed,) if isinstance(feed, str) else feed.values())
+        )
+    )
+
+
+def exits(pipeline: Pipeline) -> tuple[BlockName, ...]:
+    """The blocks of which clients get some output."""
+    if isinstance(pipeline.outputs, dict):
+        given = {pipeline.reference(text).block for text in pipeline.outputs.values()}
+        return tuple(block for block in pipeline.members if block in given)
+    feeding = {before for before, _ in edges(pipeline)}
+    return tuple(block for block in pipeline.members if block not in feeding)
+
+
 def ordered(pipeline: Pipeline) -> tuple[BlockName, ...]:
     """The blocks, each after those that feed it, or else as they are written; so in a cycle."""
     left = dict.fromkeys(pipeline.members)
@@ -84,11 +105,7 @@ def cycle(pairs: Collection[tuple[str, str]]) -> list[str]:
 
 def path(pipeline: Pipeline) -> str:
     """The pipeline in one line: `a → b → c`, or `a → b, c; b → d; c → d`."""
-    return drawn(ordered(pipeline), edges(pipeline))
-
-
-def drawn(blocks: Sequence[str], pairs: Collection[tuple[str, str]]) -> str:
-    """As `path`, for blocks in order and the pairs of which the first feeds the second."""
+    blocks, pairs = ordered(pipeline), edges(pipeline)
     after = {block: [b for a, b in pairs if a == block] for block in blocks}
     if list(after.values()) == [[following] for following in blocks[1:]] + [[]]:
         return " → ".join(blocks)
@@ -328,8 +345,7 @@ class _Work:
             if not wanted:
                 yield "it has no outputs; say what clients get: {name: BLOCK.PORT}"
             return
-        feeding = {before for before, _ in edges(self.pipeline)}
-        ends = [block for block in self.pipeline.members if block not in feeding]
+        ends = exits(self.pipeline)
         if len(ends) > 1 and self.pipeline.graph is not None:
             yield (
                 f"it ends in {_blocks(ends)}; say which of their tensors clients get: "
@@ -355,8 +371,7 @@ class _Work:
     def _idle(self) -> Iterator[str]:
         if not isinstance(self.pipeline.outputs, dict):
             return
-        used: set[str | None] = {before for before, _ in edges(self.pipeline)}
-        used |= {self.pipeline.reference(text).block for text in self.pipeline.outputs.values()}
+        used = {*(before for before, _ in edges(self.pipeline)), *exits(self.pipeline)}
         for block in self.pipeline.members:
             if block not in used:
                 yield f"block {block} feeds neither a block nor an output"
@@ -387,8 +402,8 @@ class _Work:
         line = ordered(self.pipeline)
         return (
             set(edges(self.pipeline)) == set(itertools.pairwise(line))
-            and {block for takers in self.takers.values() for block, _ in takers} <= {line[0]}
-            and {source.block for source in self.gives.values()} <= {line[-1]}
+            and entries(self.pipeline) == line[:1]
+            and exits(self.pipeline) == line[-1:]
         )
 
     def _port_of(self, source: Source) -> Port:

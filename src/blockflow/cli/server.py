@@ -240,8 +240,6 @@ def _print_status(
     pipelines: list[PipelineStatus],
     survey: Survey,
 ) -> None:
-    from blockflow.wiring import drawn
-
     mps = {device.name: device.mps for device in survey.devices if device.mps is not None}
     under_mps = {worker for each in mps.values() for worker in each.clients}
     console = Console()
@@ -258,7 +256,7 @@ def _print_status(
                 yes(each.ready),
                 f"{each.requests}",
                 f"{each.errors}",
-                drawn(each.blocks, each.edges),
+                each.path,
             )
             for each in pipelines
         ),

@@ -35,7 +35,9 @@ export class Graph {
     this.#view = all;
     const view = { ...all, pipelines: this.#choose(all.pipelines) };
     const shape = JSON.stringify([
-      view.pipelines.map(({ name, blocks }) => [name, blocks]),
+      view.pipelines.map(({ name, blocks, edges, entries, exits }) => [
+        name, blocks, edges, entries, exits,
+      ]),
       view.blocks.map(({ name }) => name),
     ]);
     if (shape !== this.#shape) {
@@ -212,21 +214,14 @@ function put(element, node) {
 }
 
 function drawLines(layout, colour) {
-  const paths = layout.lines.map(({ name, points }) => {
-    const [first, ...rest] = points;
-    let path = `M${first}`;
-    let [x, y] = first;
-    for (const [nextX, nextY] of rest) {
-      const middle = (x + nextX) / 2;
-      path += y === nextY ? `H${nextX}` : `C${middle},${y} ${middle},${nextY} ${nextX},${nextY}`;
-      [x, y] = [nextX, nextY];
-    }
-    const end = points.length > 1 ? x + SIZE.tail : x;
+  const paths = layout.lines.map(({ name, ways, ends }) => {
+    const tails = ends.map(([x, y]) => [x + SIZE.tail, y]);
+    const d = [...ways.map(curve), ...tails.map(([x, y]) => `M${x - SIZE.tail},${y}H${x}`)];
     return svg(
       "g",
       { class: `line ${colour.get(name)}`, "data-line": name },
-      svg("path", { d: `${path}H${end}` }),
-      svg("circle", { cx: end, cy: y, r: 4.5 }),
+      svg("path", { d: d.join("") }),
+      ...tails.map(([cx, cy]) => svg("circle", { cx, cy, r: 4.5 })),
     );
   });
   return svg(
@@ -234,4 +229,15 @@ function drawLines(layout, colour) {
     { width: layout.width, height: layout.height, "aria-hidden": "true", focusable: "false" },
     ...paths,
   );
+}
+
+function curve([first, ...rest]) {
+  let path = `M${first}`;
+  let [x, y] = first;
+  for (const [nextX, nextY] of rest) {
+    const middle = (x + nextX) / 2;
+    path += y === nextY ? `H${nextX}` : `C${middle},${y} ${middle},${nextY} ${nextX},${nextY}`;
+    [x, y] = [nextX, nextY];
+  }
+  return path;
 }

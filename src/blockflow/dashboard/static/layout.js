@@ -21,11 +21,12 @@ const STEEP = 16;
 const NAMED_ROWS = 8;
 
 /**
- * Lay out `pipelines` (`{name, blocks}`) over `blocks` (names).
+ * Lay out `pipelines` (`{name, blocks, edges, entries, exits}`) over `blocks` (names).
  *
  * Gives `{width, height, sources, blocks, lines, hops}`; a block has its `rows`, the pipelines
- * through it from top to bottom; a line its `points`; a hop, which is a pair of blocks that follow
- * each other, the place of its label.
+ * through it from top to bottom; a line its `ways`, each the points from one block to the next, and
+ * the `ends` where it leaves the last ones; a hop, which is a pair of blocks of which the first
+ * feeds the second, the place of its label.
  */
 export function layOut(pipelines, blocks) {
   const graph = buildGraph(pipelines, blocks);
@@ -34,6 +35,7 @@ export function layOut(pipelines, blocks) {
   return describe(graph, pipelines);
 }
 
+/** Nodes by layers, and the ways between them: `{line, nodes}`, one node in each layer. */
 function buildGraph(pipelines, blocks) {
   const nodes = new Map();
   const depth = depths(pipelines);
@@ -43,28 +45,26 @@ function buildGraph(pipelines, blocks) {
   for (const name of blocks) {
     nodes.set(name, { id: name, kind: "block", name, layer: depth.get(name) ?? 1, lines: [] });
   }
-  const routes = new Map();
-  for (const { name, blocks: chain } of pipelines) {
-    const route = [nodes.get(`>${name}`)];
-    for (const block of chain) {
-      const next = nodes.get(block);
-      if (next === undefined) continue;
-      const last = route.at(-1);
-      for (let layer = last.layer + 1; layer < next.layer; layer += 1) {
-        const id = `${last.id}|${next.id}|${layer}`; // no name has a bar in it
+  const ways = [];
+  for (const { name, blocks: members, edges, entries } of pipelines) {
+    for (const block of members) if (nodes.has(block)) addLine(nodes.get(block), name);
+    for (const [from, to] of [...entries.map((block) => [`>${name}`, block]), ...edges]) {
+      const [first, last] = [nodes.get(from), nodes.get(to)];
+      if (first === undefined || last === undefined) continue;
+      const way = [first];
+      for (let layer = first.layer + 1; layer < last.layer; layer += 1) {
+        const id = `${from}|${to}|${layer}`; // no name has a bar in it
         if (!nodes.has(id)) nodes.set(id, { id, kind: "passing", name, layer, lines: [] });
         addLine(nodes.get(id), name);
-        route.push(nodes.get(id));
+        way.push(nodes.get(id));
       }
-      addLine(next, name);
-      route.push(next);
+      ways.push({ line: name, nodes: [...way, last] });
     }
-    routes.set(name, route);
   }
   const layers = [];
   for (const node of nodes.values()) (layers[node.layer] ??= []).push(node);
   for (let i = 0; i < layers.length; i += 1) layers[i] ??= [];
-  return { nodes, routes, layers };
+  return { nodes, ways, layers };
 }
 
 function addLine(node, pipeline) {
@@ -74,11 +74,9 @@ function addLine(node, pipeline) {
 /** The longest way to each block. Ways that lead back are left out, so that this always ends. */
 function depths(pipelines) {
   const after = new Map();
-  for (const { blocks } of pipelines) {
-    blocks.forEach((block, i) => {
-      if (!after.has(block)) after.set(block, new Set());
-      if (i > 0) after.get(blocks[i - 1]).add(block);
-    });
+  for (const { blocks, edges } of pipelines) {
+    for (const block of blocks) if (!after.has(block)) after.set(block, new Set());
+    for (const [from, to] of edges) after.get(from).add(to);
   }
   const sorted = [];
   const state = new Map();
@@ -101,14 +99,12 @@ function depths(pipelines) {
   return depth;
 }
 
-function order({ layers, routes }) {
+function order({ layers, ways }) {
   const before = new Map();
   const after = new Map();
-  for (const route of routes.values()) {
-    route.forEach((node, i) => {
-      if (i > 0) push(before, node, route[i - 1]);
-      if (i < route.length - 1) push(after, node, route[i + 1]);
-    });
+  for (const [from, to] of steps(ways)) {
+    push(before, to, from);
+    push(after, from, to);
   }
   const number = (layer) => layer.forEach((node, i) => (node.place = i));
   layers.forEach(number);
@@ -136,17 +132,35 @@ function order({ layers, routes }) {
   });
   // Lines that part are in the order in which they part, and in the same order in every block:
   // so those that run beside each other do not cross.
-  layers[0].sort((a, b) => compareRoutes(routes.get(a.name), routes.get(b.name)));
+  const courses = new Map(layers[0].map(({ name }) => [name, course(ways, name)]));
+  layers[0].sort((a, b) => compareCourses(courses.get(a.name), courses.get(b.name)));
   number(layers[0]);
   const rank = new Map(layers[0].filter((n) => n.kind === "source").map((n, i) => [n.name, i]));
   for (const node of layers.flat()) node.lines.sort((a, b) => rank.get(a) - rank.get(b));
 }
 
-function compareRoutes(one, other) {
-  for (let i = 1; i < Math.min(one.length, other.length); i += 1) {
-    if (one[i] !== other[i]) return one[i].place - other[i].place;
+/** Where a line passes each layer after the first: the mean of its places there. */
+function course(ways, line) {
+  const places = [];
+  for (const way of ways) {
+    if (way.line !== line) continue;
+    for (const node of way.nodes.slice(1)) (places[node.layer - 1] ??= new Set()).add(node.place);
+  }
+  return Array.from(places, (each) => mean([...(each ?? [0])]));
+}
+
+function compareCourses(one, other) {
+  for (let i = 0; i < Math.min(one.length, other.length); i += 1) {
+    if (one[i] !== other[i]) return one[i] - other[i];
   }
   return one.length - other.length;
+}
+
+/** Each pair of nodes that lie next to each other on a way, with its line. */
+function steps(ways) {
+  return ways.flatMap(({ line, nodes }) =>
+    nodes.slice(1).map((node, i) => [nodes[i], node, line]),
+  );
 }
 
 function crossings(layers, after) {
@@ -164,7 +178,7 @@ function crossings(layers, after) {
   return count;
 }
 
-function place({ layers, routes }) {
+function place({ layers, ways }) {
   let x = SIZE.margin;
   for (const layer of layers) {
     const width = Math.max(0, ...layer.map(widthOf));
@@ -177,13 +191,10 @@ function place({ layers, routes }) {
   }
   for (const layer of layers) fit(layer, layer.map(() => [0]));
   const near = new Map();
-  for (const [line, route] of routes) {
-    for (let i = 1; i < route.length; i += 1) {
-      const [from, to] = [route[i - 1], route[i]];
-      const shift = lineY(to, line) - lineY(from, line);
-      push(near, from, () => to.y + shift);
-      push(near, to, () => from.y - shift);
-    }
+  for (const [from, to, line] of steps(ways)) {
+    const shift = lineY(to, line) - lineY(from, line);
+    push(near, from, () => to.y + shift);
+    push(near, to, () => from.y - shift);
   }
   // To and fro, each layer to where its neighbours lie by now: so what a crowded layer needs
   // reaches the others in a few rounds.
@@ -260,31 +271,42 @@ function lineY(node, line) {
   }
 }
 
-function describe({ nodes, routes, layers }, pipelines) {
+function describe({ nodes, ways, layers }, pipelines) {
   const all = [...nodes.values()];
-  const lines = pipelines.map(({ name }) => {
-    const points = routes.get(name).flatMap((node) => {
-      const y = node.y + lineY(node, name);
-      const exit = [node.x + node.width, y];
-      return node.kind === "source" ? [exit] : [[node.x, y], exit];
-    });
-    return { name, points };
-  });
+  const left = (node, line) => [node.x, node.y + lineY(node, line)];
+  const right = (node, line) => [node.x + node.width, node.y + lineY(node, line)];
+  const lines = pipelines.map(({ name, exits }) => ({
+    name,
+    ways: ways
+      .filter(({ line }) => line === name)
+      .map(({ nodes: way }) => [
+        right(way[0], name),
+        ...way.slice(1, -1).flatMap((node) => [left(node, name), right(node, name)]),
+        left(way.at(-1), name),
+      ]),
+    ends: exits.filter((block) => nodes.has(block)).map((block) => right(nodes.get(block), name)),
+  }));
   const hops = new Map();
-  for (const [name, route] of routes) {
-    route.forEach((node, i) => {
-      if (node.kind !== "block") return;
-      const to = route.slice(i + 1).find((later) => later.kind === "block");
-      const next = route[i + 1];
-      const y = node.y + lineY(node, name);
-      const key = `${node.id}|${to ? to.id : ""}`;
-      const hop = hops.get(key) ?? { from: node.name, to: to ? to.name : null, ys: [], steep: false };
-      const nextY = next ? next.y + lineY(next, name) : y;
-      hop.x = node.x + node.width + (next ? SIZE.gapX / 2 : SIZE.tail + 10);
-      hop.ys.push((y + nextY) / 2); // a curve is half-way there in the middle
-      hop.steep ||= Math.abs(nextY - y) > STEEP;
-      hops.set(key, hop);
-    });
+  const addHop = (from, to, x, y, rise) => {
+    const key = `${from.id}|${to?.id}`;
+    const hop = hops.get(key) ?? { from: from.name, to: to?.name ?? null, ys: [], steep: false };
+    hop.x = x;
+    hop.ys.push(y + rise / 2); // a curve is half-way there in the middle
+    hop.steep ||= Math.abs(rise) > STEEP;
+    hops.set(key, hop);
+  };
+  for (const { line, nodes: way } of ways) {
+    if (way[0].kind !== "block") continue;
+    const [x, y] = right(way[0], line);
+    addHop(way[0], way.at(-1), x + SIZE.gapX / 2, y, left(way[1], line)[1] - y);
+  }
+  for (const { name, exits, edges } of pipelines) {
+    for (const block of exits) {
+      // Where the line goes on as well there is no room for one more label.
+      if (!nodes.has(block) || edges.some(([from]) => from === block)) continue;
+      const [x, y] = right(nodes.get(block), name);
+      addHop(nodes.get(block), null, x + SIZE.tail + 10, y, 0);
+    }
   }
   return {
     width: Math.max(...all.map((node) => node.x + node.width)) + SIZE.tail + 68,

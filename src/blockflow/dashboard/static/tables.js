@@ -21,7 +21,7 @@ export function showTables(view) {
     return cells(row, [
       ["name", swatched],
       ["", stateOf(({ ready }) => (ready ? "ready" : "failed"))],
-      ["chain", ({ blocks }) => blocks.join(" → ")],
+      ["chain", ({ path }) => path],
       ["number", ({ rateText }) => rateText],
       ["", spark],
       ["number", ({ p50Text }) => p50Text],
