@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from blockflow.artifact import Store
-from running import Server, channels_between_blocks, four_blocks
+from blockflow.client import InferenceClient
+from running import Server, channels_between_blocks, four_blocks, some_rows, wait_for
+from test_graphs import (
+    DIAMOND,
+    JOIN,
+    LEFT,
+    RIGHT,
+    SKIP,
+    TRUNK,
+    Diamond,
+    Pick,
+    computed,
+    many,
+    store_parts,
+    topology,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -29,3 +45,60 @@ def test_on_a_gpu_no_byte_between_blocks_passes_the_host(store: Store, run_dir: 
         assert {c["carrier"] for c in between} == {"cuda_ipc"}
         assert sum(c["host_bytes"] for c in between) == 0
         assert all(c["bytes"] > 0 for c in between)
+
+
+APART = {
+    "one": "trunk.d trunk.skip",
+    "two": "left.d left.skip",
+    "three": "right.d right.skip",
+    "four": "join.d join.skip pick.skip",
+}
+TOGETHER = {
+    "near": "trunk.d left.d join.d trunk.skip right.skip join.skip pick.skip",
+    "far": "right.d left.skip",
+}
+
+
+@pytest.mark.parametrize("workers", [APART, TOGETHER], ids=["apart", "together"])
+def test_graphs_on_a_gpu_equal_the_networks_and_no_byte_between_blocks_passes_the_host(
+    store: Store, run_dir: Path, workers: Mapping[str, str]
+) -> None:
+    """Trunk, two branches, a join, and answers from amid them; batches, and parts that wait."""
+    outputs = {"answer": "join.d", "left": "left.d", "features": "trunk.d"}
+    pipelines = {"diamond": {**DIAMOND, "outputs": outputs}, "skip": SKIP}
+    wanted = topology(store, store_parts(store), workers, pipelines, "cuda:0")
+    inputs = [some_rows(rows, seed=rows) for rows in range(1, 9)]
+    expected = []
+    for x in inputs:
+        hidden = computed(TRUNK, x)
+        left = computed(LEFT, hidden)
+        joined = computed(JOIN, computed(RIGHT, left), hidden)
+        expected.append(
+            {
+                "diamond": {"answer": computed(Diamond(), x), "left": left, "features": hidden},
+                "skip": {"output": computed(Pick(), joined, x)},
+            }
+        )
+
+    def check(client: InferenceClient, number: int) -> None:
+        name = ("diamond", "skip")[number % 2]
+        which = number // 2 % len(inputs)
+        got = client.infer(name, {"x": inputs[which]})
+        assert set(got) == set(expected[which][name])
+        for output, values in expected[which][name].items():
+            np.testing.assert_allclose(got[output], values, atol=1e-5)
+
+    # Clients that never pause are overload, which is not what is tried here.
+    with Server(run_dir, wanted, "--max-slowdown", "1e6") as server:
+        server.wait_ready(180)
+        many(server, 320, check)
+        wait_for(
+            lambda: {block["requests"] for block in server.control.blocks()} == {160}, 10, "reports"
+        )
+        blocks = server.control.blocks()
+        between = [c for block in blocks for c in block["channels"] if c["peer"] != "gateway"]
+        assert {c["carrier"] for c in between} == {"cuda_ipc", "local"}
+        assert sum(c["host_bytes"] for c in between) == 0
+        assert all(c["bytes"] > 0 for c in between)
+        assert {block["runner"] for block in blocks} == {"cuda graph"}
+        assert {(block["incomplete"], block["queued"]) for block in blocks} == {(0, 0)}

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from blockflow import cli
 from blockflow.artifact import Port, Store
 from blockflow.client import InferenceClient
 from blockflow.errors import BlockFlowError, DeadlineExceeded, TopologyInvalid
@@ -80,9 +82,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(tmp_path_factory.mktemp("store"), create=True)
 
 
-@pytest.fixture(scope="module")
-def digests(store: Store) -> Mapping[str, str]:
-    """The artifacts in the store, by name."""
+def store_parts(store: Store) -> Mapping[str, str]:
+    """Make the artifacts that `topology` deploys; gives digests by name."""
     x, a, b = (Port(name, "float32", ROW) for name in "xab")
     index = Port("x", "int64", ("batch", 1))
     few = Port("a", "float32", ("batch", 4))
@@ -102,6 +103,11 @@ def digests(store: Store) -> Mapping[str, str]:
         (made,) = store_blocks(split(export(module.eval(), ports), 1, name), store).blocks
         found[name] = str(made.digest)
     return found
+
+
+@pytest.fixture(scope="module")
+def digests(store: Store) -> Mapping[str, str]:
+    return store_parts(store)
 
 
 def computed(module: nn.Module, *inputs: Floats) -> Floats:
@@ -240,12 +246,14 @@ def topology(
     digests: Mapping[str, str],
     workers: Mapping[str, str],
     pipelines: Mapping[str, Mapping[str, Any]],
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """`workers` names the blocks of each, and they are named after their artifacts."""
     blocks = {
         name: {
             "artifact": digests[name.partition(".")[0]],
             "worker": worker,
+            "device": device,
             **SETTINGS.get(name, {}),
         }
         for worker, names in workers.items()
@@ -469,6 +477,29 @@ def test_a_chain_becomes_a_graph_and_a_chain_again_while_it_serves(server: Serve
     refused = httpx.delete(f"{url}/blocks/right.d", timeout=60)
     assert refused.status_code == 409
     assert "block right.d is used by pipeline diamond" in refused.json()["error"]
+
+
+def test_the_command_line_adds_a_graph_asks_it_and_removes_it(
+    server: Server, tmp_path: Path
+) -> None:
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    management = "--server", f"http://127.0.0.1:{server.control_port}"
+    feeds = "graph={trunk.c: input, left.c: trunk.c, join.c: {a: left.c, b: trunk.c}}"
+    outputs = "outputs={joined: join.c, features: trunk.c}"
+    assert "generation" in run("deploy", "pipeline", "more", feeds, outputs, *management)
+    assert "trunk.c → left.c, join.c; left.c → join.c" in run("status", *management)
+    inference = "--server", f"http://127.0.0.1:{server.http_port}"
+    file = tmp_path / "answer.npz"
+    run("infer", "more", "--random", "--rows", "3", "-o", str(file), *inference)
+    with np.load(file) as answer:
+        features = answer["features"]
+        joined = computed(JOIN, computed(LEFT, features), features)
+        np.testing.assert_allclose(answer["joined"], joined, atol=1e-6)
+    run("delete", "pipeline", "more", *management)
 
 
 def test_no_request_is_lost_when_a_branch_is_killed(

@@ -28,7 +28,10 @@ _Kind = Annotated[Kind, typer.Argument(help="what it is")]
 _Name = Annotated[str, typer.Argument(help="its name")]
 _Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SETTING=VALUE]...", help="such as max_batch=4, or blocks=a,b"),
+    typer.Argument(
+        metavar="[SETTING=VALUE]...",
+        help="such as max_batch=4, blocks=a,b, or 'graph={a: input, b: a}'",
+    ),
 ]
 _LISTS = frozenset({"blocks", "inputs", "outputs"})
 
@@ -226,7 +229,7 @@ def _read_settings(given: list[str] | None) -> dict[str, Any]:
         name, equals, text = each.partition("=")
         if not equals or not name:
             raise typer.BadParameter(f"{each!r} is not SETTING=VALUE")
-        if name in _LISTS:
+        if name in _LISTS and not text.startswith("{"):
             settings[name] = [part for part in text.split(",") if part] or None
             continue
         try:
