@@ -62,9 +62,13 @@ def decide(queue: Sequence[Waiting], limits: Limits, now: float, busy_until: flo
     if not batch:
         return Decision(expired, ())
     full = full or limits.alone or rows >= limits.max_rows
-    oldest = min(queue[index].arrived for index in batch)
-    start = oldest + limits.max_delay
+    start = min(_latest_start(queue[index], limits.max_delay) for index in batch)
     idle = now - busy_until > limits.max_delay
     if full or idle or now >= start:
         return Decision(expired, tuple(batch))
     return Decision(expired, (), wake=start)
+
+
+def _latest_start(item: Waiting, max_delay: float) -> float:
+    delay = min(max_delay, (item.deadline - item.arrived) / 2) if item.deadline else max_delay
+    return item.arrived + delay
