@@ -173,7 +173,6 @@ def test_json_numbers_to_the_edges_of_their_type(dtype: str, data: list[Any]) ->
     assert got.data.tobytes() == np.array(data, dtype).tobytes()
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.floats(width=32, allow_nan=False, allow_infinity=False).filter(lambda v: abs(v) < 3e38),
@@ -434,7 +433,6 @@ def only_request_invalid(body: bytes, header_length: int | None) -> None:
 lengths = st.none() | st.integers(-2, 400)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300), lengths)
 def test_fuzz_bytes(body: bytes, header_length: int | None) -> None:
     only_request_invalid(body, header_length)
@@ -447,7 +445,6 @@ def valid_binary() -> tuple[bytes, int]:
     return b"".join(encoded.chunks), int(encoded.headers[oip.HEADER_LENGTH])
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_fuzz_mutated_requests(data: st.DataObject) -> None:
     body, length = valid_binary()
@@ -513,7 +510,7 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
     return body
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(requests(), st.sampled_from([None, 0]), st.binary(max_size=20))
 def test_fuzz_wrong_types_everywhere(body: dict[str, Any], tail: int | None, more: bytes) -> None:
     head = json.dumps(body).encode()
@@ -528,7 +525,7 @@ def test_fuzz_wrong_types_everywhere(body: dict[str, Any], tail: int | None, mor
 
 @pytest.mark.parametrize("datatype", oip.DATATYPES, ids=lambda datatype: datatype.name)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_binary_round_trip(datatype: oip.Datatype, data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 4))
     limit = 1 if datatype.name == "BOOL" else 255
@@ -584,7 +581,6 @@ def test_json_response(dtype: str, values: list[Any], text: bytes) -> None:
     np.testing.assert_array_equal(answer.outputs[0].numpy(), tensor.numpy())
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=5))
 def test_json_response_keeps_every_float32(values: list[float]) -> None:
     tensor = TensorValue.from_numpy("y", np.array(values, np.float32))
@@ -669,7 +665,6 @@ def test_a_servers_nonsense_is_the_servers_fault(body: bytes, header: str | None
     assert not isinstance(caught.value, RequestInvalid)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200), st.none() | st.integers(-1, 200).map(str))
 def test_fuzz_answers(body: bytes, header: str | None) -> None:
     with contextlib.suppress(BlockFlowError):

@@ -51,7 +51,6 @@ steps = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(steps)
 def test_what_goes_in_comes_out_in_order(steps: list[bytes | str]) -> None:
     """Frames of every size, round and round; now and then one that takes the socket."""
@@ -92,7 +91,7 @@ def test_what_goes_in_comes_out_in_order(steps: list[bytes | str]) -> None:
     assert not reader.ready
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(
     head=st.integers(0, (1 << 64) - 1) | st.integers(0, 3 * CAPACITY),
     tail=st.integers(0, (1 << 64) - 1) | st.integers(0, 3 * CAPACITY),
