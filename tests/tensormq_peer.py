@@ -1,12 +1,13 @@
 """The other process of the TensorMQ tests: `python tensormq_peer.py ROLE ENDPOINT REPLY DEVICE
-CARRIER DOORBELL`.
+CARRIER DOORBELL KEYS`.
 
 echo:  receives on ENDPOINT and sends every message back, doubled, to REPLY.
 hold:  receives on ENDPOINT and releases nothing.
 flood: sends to ENDPOINT without end.
 tear:  announces one whole message and one whose content the GPU computes for a minute.
 cling: receives one message on ENDPOINT, uses it for a minute of the GPU's time and releases it.
-Prints "ready" once it is.
+KEYS is a directory with the keys of both ends, for tcp, or "-". Prints "ready" once it is, and
+where it can be reached.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import functools
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from tensormq import Carrier, Doorbell, Loop, Pull, Push
+from tensormq import Carrier, Doorbell, Loop, Pull, Push, load_keys
 
 
 def busy_for_a_minute() -> None:
@@ -25,17 +27,23 @@ def busy_for_a_minute() -> None:
 
 
 def main() -> None:
-    role, endpoint, reply, device, carrier, bell = sys.argv[1:7]
-    doorbell = Doorbell(bell)
-    carriers = None if carrier == "any" else [Carrier(carrier)]
+    role, endpoint, reply, device, carrier, bell, directory = sys.argv[1:8]
     loop = Loop()
     open_push = functools.partial(
-        Push, device=device, loop=loop, carriers=carriers, doorbell=doorbell
+        Push, device=device, loop=loop, carriers=[Carrier(carrier)], doorbell=Doorbell(bell)
     )
+    open_pull = functools.partial(
+        Pull, device=device, loop=loop, carriers=[Carrier(carrier)], doorbell=Doorbell(bell)
+    )
+    connect = Push.connect
+    if directory != "-":
+        mine, theirs = (load_keys(Path(directory) / name) for name in ("there", "here"))
+        open_pull = functools.partial(open_pull, keys=mine, allowed_keys=[theirs.public])
+        connect = functools.partial(connect, keys=mine, server_key=theirs.public)
     if role == "flood":
         push = open_push(slots=4, slot_bytes=1 << 20)
         print("ready", flush=True)
-        peer = push.connect(endpoint)
+        peer = connect(push, endpoint)
         number = 0
         while True:
             number += 1
@@ -43,13 +51,13 @@ def main() -> None:
     if role == "tear":
         push = open_push(slots=2, slot_bytes=1 << 10)
         print("ready", flush=True)
-        peer = push.connect(endpoint)
+        peer = connect(push, endpoint)
         push.send({"n": torch.ones(4, device=device)}, to=peer)
         busy_for_a_minute()
         push.send({"n": torch.ones(4, device=device)}, to=peer)
         time.sleep(60)
-    pull = Pull(endpoint, device=device, loop=loop, carriers=carriers, doorbell=doorbell)
-    print("ready", flush=True)
+    pull = open_pull(endpoint)
+    print("ready", pull.endpoint, flush=True)
     if role == "cling":
         with pull.recv():
             busy_for_a_minute()
@@ -58,15 +66,13 @@ def main() -> None:
         held = []
         while True:
             held.append(pull.recv())
-    push = Push(
-        slots=4, slot_bytes=32 << 20, device=device, loop=loop, carriers=carriers, doorbell=doorbell
-    )
+    push = open_push(slots=4, slot_bytes=32 << 20)
     peer = None
     while True:
         with pull.recv() as message:
             if message.note == b"quit":
                 break
-            peer = peer or push.connect(reply)
+            peer = peer or connect(push, reply)
             doubled = {
                 name: (t.to(device) * 2 if t.dtype != torch.bool else ~t.to(device))
                 for name, t in message.tensors.items()
@@ -81,7 +87,6 @@ def main() -> None:
     push.close()
     pull.close()
     loop.close()
-    time.sleep(0)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -31,52 +32,111 @@ from tensormq import (
     Request,
     TensorTooLarge,
     Timeout,
+    load_keys,
+    make_keys,
     wire,
 )
 
 PEER = Path(__file__).with_name("tensormq_peer.py")
-CARRIERS = [
-    pytest.param((Carrier.SHM, "cpu"), id="shm"),
-    pytest.param((Carrier.INLINE, "cpu"), id="inline"),
-    pytest.param((Carrier.CUDA_IPC, "cuda:0"), id="cuda_ipc", marks=pytest.mark.gpu),
-    pytest.param((Carrier.SHM, "cuda:0"), id="shm-of-a-gpu", marks=pytest.mark.gpu),
-    pytest.param((Carrier.INLINE, "cuda:0"), id="inline-of-a-gpu", marks=pytest.mark.gpu),
-]
-DOORBELLS = pytest.mark.parametrize("doorbell", list(Doorbell))
+
+
+class How(NamedTuple):
+    """By which carrier, doorbell and transport tensors of which device go."""
+
+    carrier: Carrier
+    device: str = "cpu"
+    doorbell: Doorbell = Doorbell.RING
+    tcp: bool = False
+
+    def endpoint(self, run_dir: Path) -> str:
+        return "tcp://127.0.0.1:*" if self.tcp else f"ipc://{run_dir}/{time.monotonic_ns()}"
+
+
+HOWS = pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(How(Carrier.SHM), id="shm"),
+        pytest.param(How(Carrier.SHM, doorbell=Doorbell.ZEROMQ), id="shm-zeromq"),
+        pytest.param(How(Carrier.INLINE), id="inline"),
+        pytest.param(How(Carrier.INLINE, tcp=True), id="inline-tcp"),
+        *(
+            pytest.param(how, id=name, marks=pytest.mark.gpu)
+            for name, how in {
+                "cuda_ipc": How(Carrier.CUDA_IPC, "cuda:0"),
+                "cuda_ipc-zeromq": How(Carrier.CUDA_IPC, "cuda:0", Doorbell.ZEROMQ),
+                "shm-of-a-gpu": How(Carrier.SHM, "cuda:0"),
+                "inline-of-a-gpu": How(Carrier.INLINE, "cuda:0"),
+                "inline-tcp-of-a-gpu": How(Carrier.INLINE, "cuda:0", tcp=True),
+            }.items()
+        ),
+    ],
+)
 DTYPES = ["float32", "float16", "bfloat16", "int64", "uint8", "bool", "complex64"]
 
-Start = Callable[..., subprocess.Popen[str]]
 
+class Other:
+    """The other process, in one of its roles, and the ends of this one that go with it."""
 
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Start `tensormq_peer.py` in a role and wait until it is ready."""
-    processes = []
+    def __init__(self, how: How, run_dir: Path, keys: Path) -> None:
+        self.how = how
+        self.endpoint = ""
+        self._run_dir = run_dir
+        self._keys = keys
+        self._processes: list[subprocess.Popen[str]] = []
 
-    def begin(
-        role: str,
-        endpoint: str,
-        reply: str,
-        device: str,
-        carrier: str = "any",
-        doorbell: str = "ring",
-    ):  # type: ignore[no-untyped-def]
+    def start(self, role: str, endpoint: str = "", reply: str = "-") -> subprocess.Popen[str]:
+        """Start it, at `endpoint` or one of its own, and wait until it is ready."""
         process = subprocess.Popen(
-            [sys.executable, PEER, role, endpoint, reply, device, carrier, doorbell],
+            [
+                *(sys.executable, PEER, role, endpoint or self.how.endpoint(self._run_dir), reply),
+                *(self.how.device, self.how.carrier, self.how.doorbell),
+                str(self._keys) if self.how.tcp else "-",
+            ],
             stdout=subprocess.PIPE,
             text=True,
         )
-        processes.append(process)
+        self._processes.append(process)
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        ready, _, self.endpoint = process.stdout.readline().strip().partition(" ")
+        assert ready == "ready"
         return process
 
-    yield begin
-    for process in processes:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+    def pull(self, loop: Loop | None = None) -> Pull:
+        """A Pull end that the other process may send to."""
+        endpoint = self.how.endpoint(self._run_dir)
+        device, doorbell = self.how.device, self.how.doorbell
+        if not self.how.tcp:
+            return Pull(endpoint, device=device, doorbell=doorbell, loop=loop)
+        keys, theirs = load_keys(self._keys / "here"), load_keys(self._keys / "there").public
+        return Pull(endpoint, device=device, loop=loop, keys=keys, allowed_keys=[theirs])
+
+    def push(self, slots: int, slot_bytes: int, loop: Loop | None = None) -> Push:
+        how = self.how
+        return Push(
+            slots=slots, slot_bytes=slot_bytes, device=how.device, doorbell=how.doorbell, loop=loop
+        )
+
+    def connect(self, push: Push) -> Peer:
+        if not self.how.tcp:
+            return push.connect(self.endpoint)
+        keys, theirs = load_keys(self._keys / "here"), load_keys(self._keys / "there").public
+        return push.connect(self.endpoint, keys=keys, server_key=theirs)
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+@pytest.fixture
+def other(how: How, run_dir: Path, tmp_path: Path) -> Iterator[Other]:
+    for name in ("here", "there"):
+        make_keys(tmp_path / name)
+    other = Other(how, run_dir, tmp_path)
+    yield other
+    other.end()
 
 
 @pytest.fixture
@@ -97,21 +157,17 @@ def tensor_of(dtype: str, device: str) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@DOORBELLS
-@pytest.mark.parametrize("how", CARRIERS)
-def test_conformance(
-    how: tuple[Carrier, str], doorbell: Doorbell, run_dir: Path, start: Start
-) -> None:
+@HOWS
+def test_conformance(how: How, run_dir: Path, other: Other) -> None:
     """Every dtype, several tensors, odd shapes, metadata, back-pressure, to a process and back."""
-    carrier, device = how
-    there, back = f"ipc://{run_dir}/there.sock", f"ipc://{run_dir}/back.sock"
-    process = start("echo", there, back, device, str(carrier), str(doorbell))
+    carrier, device, doorbell, _ = how
     with (
         Loop() as loop,
-        Pull(back, device=device, loop=loop, doorbell=doorbell) as pull,
-        Push(slots=3, slot_bytes=32 << 20, device=device, loop=loop, doorbell=doorbell) as push,
+        other.pull(loop) as pull,
+        other.push(slots=3, slot_bytes=32 << 20, loop=loop) as push,
     ):
-        peer = push.connect(there)
+        process = other.start("echo", reply=pull.endpoint)
+        peer = other.connect(push)
         assert peer.statistics.carrier is carrier
         inline = carrier is Carrier.INLINE
         assert peer.statistics.doorbell is (Doorbell.ZEROMQ if inline else doorbell)
@@ -149,14 +205,19 @@ def test_conformance(
             with pull.recv(timeout=20) as message:
                 assert torch.equal(message.tensors["x"].to(device), sent[received] * 2)
             received += 1
-        through_host = peer.statistics.host_bytes
-        assert through_host == (0 if carrier is Carrier.CUDA_IPC else peer.statistics.bytes)
+        (taken,) = pull.statistics()
+        assert (taken.producer, taken.carrier) == (process.pid, carrier)
+        assert taken.doorbell is peer.statistics.doorbell
+        assert taken.messages == peer.statistics.messages == taken.hops.count
+        assert taken.bytes == peer.statistics.bytes
+        assert (taken.waiting, taken.leases, taken.oldest_lease) == (0, 0, 0.0)
+        for counted in (taken, peer.statistics):
+            assert counted.host_bytes == (0 if carrier is Carrier.CUDA_IPC else counted.bytes)
         push.send({}, to=peer, note=b"quit")
         while process.poll() is None:
             loop.run_once(0.05)
         assert process.returncode == 0
-    pull_left = list(run_dir.iterdir())
-    assert pull_left == []
+    assert list(run_dir.iterdir()) == []
 
 
 def test_tensors_are_not_copied_by_the_carrier(ends: tuple[Pull, Push, Peer]) -> None:
@@ -210,6 +271,30 @@ def test_statistics_of_a_channel(ends: tuple[Pull, Push, Peer]) -> None:
         assert (counted.slots_free, counted.slots_leased) == (1, 1)
         assert counted.hops.count == 5
         assert 0.0017 < counted.hops.quantile(0.5) <= counted.hops.quantile(0.99)
+        (taken,) = pull.statistics()
+        assert (taken.messages, taken.bytes, taken.host_bytes) == (6, 96, 96)
+        assert taken.hops.count == 6
+
+
+def test_a_consumer_that_keeps_a_message_shows_it(ends: tuple[Pull, Push, Peer]) -> None:
+    pull, push, peer = ends
+    for _ in range(2):
+        push.send({"x": np.ones(2)}, to=peer, timeout=1)
+    kept = pull.recv(timeout=1)
+    time.sleep(0.02)
+    (taken,) = pull.statistics()
+    assert (taken.leases, taken.waiting) == (2, 1)
+    assert taken.oldest_lease > 0.02
+    pull.recv(timeout=1).release()
+    (taken,) = pull.statistics()
+    assert (taken.leases, taken.waiting, pull.leases) == (1, 0, 1)
+    assert taken.oldest_lease > 0.02
+    assert push._loop.run_until(lambda: push.free_slots == 1, timeout=1)
+    (counted,) = push.statistics()
+    assert counted.slots_leased == 1
+    kept.release()
+    (taken,) = pull.statistics()
+    assert (taken.leases, taken.oldest_lease) == (0, 0.0)
 
 
 @given(st.lists(st.integers(0, wire.LONGEST_HOP - 1), min_size=1), st.floats(0.01, 1))
@@ -287,44 +372,35 @@ def test_several_producers_into_one_consumer(run_dir: Path) -> None:
 
 
 @pytest.mark.slow
-@DOORBELLS
-@pytest.mark.parametrize("how", CARRIERS)
-def test_a_killed_consumer_gives_its_slots_back(
-    how: tuple[Carrier, str], doorbell: Doorbell, run_dir: Path, start: Start
-) -> None:
-    carrier, device = how
-    endpoint = f"ipc://{run_dir}/hold.sock"
-    process = start("hold", endpoint, "-", device, str(carrier), str(doorbell))
+@HOWS
+def test_a_killed_consumer_gives_its_slots_back(how: How, other: Other) -> None:
+    process = other.start("hold")
     lost: list[Peer] = []
-    with Push(slots=3, slot_bytes=4096, device=device, doorbell=doorbell) as push:
+    with other.push(slots=3, slot_bytes=4096) as push:
         push.on_lost = lost.append
-        peer = push.connect(endpoint)
+        peer = other.connect(push)
+        x = torch.ones(4, device=how.device)
         for _ in range(3):
-            push.send({"x": torch.ones(4, device=device)}, to=peer)
+            push.send({"x": x}, to=peer)
         killed = time.monotonic()
         process.send_signal(signal.SIGKILL)
         assert push._loop.run_until(lambda: bool(lost), timeout=5)
-        with pytest.raises(PeerLost, match="its process ended"):
-            push.send({"x": torch.ones(4, device=device)}, to=peer, timeout=5)
+        why = "the connection to it ended" if how.tcp else "its process ended"
+        with pytest.raises(PeerLost, match=why):
+            push.send({"x": x}, to=peer, timeout=5)
         assert lost == [peer]
         assert time.monotonic() - killed < 1
         assert (push.leased_slots, push.free_slots) == (0, 3)
         process.wait()
-        start(
-            "hold", endpoint, "-", device, str(carrier), str(doorbell)
-        )  # its successor joins at the same place
-        push.send({"x": torch.ones(4, device=device)}, to=push.connect(endpoint))
+        other.start("hold", other.endpoint)  # its successor joins at the same place
+        push.send({"x": x}, to=other.connect(push))
 
 
 @pytest.mark.slow
-@DOORBELLS
-@pytest.mark.parametrize("how", CARRIERS)
-def test_what_a_killed_producer_sent_stays_whole(
-    how: tuple[Carrier, str], doorbell: Doorbell, run_dir: Path, start: Start
-) -> None:
-    carrier, device = how
-    with Pull(f"ipc://{run_dir}/in.sock", device=device, doorbell=doorbell) as pull:
-        process = start("flood", pull.endpoint, "-", device, str(carrier), str(doorbell))
+@HOWS
+def test_what_a_killed_producer_sent_stays_whole(how: How, other: Other) -> None:
+    with other.pull() as pull:
+        process = other.start("flood", pull.endpoint)
         last = 0.0
         for _ in range(20):
             with pull.recv(timeout=10) as message:
@@ -341,17 +417,19 @@ def test_what_a_killed_producer_sent_stays_whole(
             pass
         assert pull.leases == 0
         assert pull._channels == {}
-        start(
-            "flood", pull.endpoint, "-", device, str(carrier), str(doorbell)
-        )  # its successor starts anew
+        other.start("flood", pull.endpoint)  # its successor starts anew
         with pull.recv(timeout=10) as message:
             assert message.tensors["n"][0].item() == 1.0
 
 
+ON_A_GPU = pytest.mark.parametrize("how", [How(Carrier.CUDA_IPC, "cuda:0")], ids=["cuda_ipc"])
+
+
 @pytest.mark.gpu
-def test_what_a_killed_producer_did_not_complete_is_dropped(run_dir: Path, start: Start) -> None:
-    with Pull(f"ipc://{run_dir}/in.sock", device="cuda:0") as pull:
-        process = start("tear", pull.endpoint, "-", "cuda:0", "cuda_ipc")
+@ON_A_GPU
+def test_what_a_killed_producer_did_not_complete_is_dropped(how: How, other: Other) -> None:
+    with other.pull() as pull:
+        process = other.start("tear", pull.endpoint)
         pull._loop.run_until(lambda: pull.waiting == 2, 10)
         process.kill()
         assert pull._loop.run_until(lambda: pull.torn == 1, 5)
@@ -362,14 +440,15 @@ def test_what_a_killed_producer_did_not_complete_is_dropped(run_dir: Path, start
 
 
 @pytest.mark.gpu
+@ON_A_GPU
 @pytest.mark.parametrize("told", [False, True])
-def test_streams_that_wait_for_a_killed_producer(run_dir: Path, start: Start, told: bool) -> None:
+def test_streams_that_wait_for_a_killed_producer(how: How, other: Other, told: bool) -> None:
     """They are let go; where somebody wants to be told, they wait until he has decided."""
     calls: list[None] = []
-    with Pull(f"ipc://{run_dir}/in.sock", device="cuda:0") as pull:
+    with other.pull() as pull:
         if told:
             pull.on_torn = lambda: calls.append(None)
-        process = start("tear", pull.endpoint, "-", "cuda:0", "cuda_ipc")
+        process = other.start("tear", pull.endpoint)
         pull.recv(timeout=10).release()
         message = pull.recv(timeout=10)
         copy = message.tensors["n"].clone()
@@ -392,12 +471,11 @@ def test_streams_that_wait_for_a_killed_producer(run_dir: Path, start: Start, to
 
 
 @pytest.mark.gpu
-def test_a_slot_that_a_killed_consumer_was_using_can_be_written(
-    run_dir: Path, start: Start
-) -> None:
-    with Push(slots=1, slot_bytes=1 << 10, device="cuda:0") as push:
-        process = start("cling", f"ipc://{run_dir}/out.sock", "-", "cuda:0", "cuda_ipc")
-        peer = push.connect(f"ipc://{run_dir}/out.sock")
+@ON_A_GPU
+def test_a_slot_that_a_killed_consumer_was_using_can_be_written(how: How, other: Other) -> None:
+    with other.push(slots=1, slot_bytes=1 << 10) as push:
+        process = other.start("cling")
+        peer = other.connect(push)
         push.send({"n": torch.ones(4, device="cuda:0")}, to=peer)
         # The credit comes back at once, the use goes on: this one waits on the GPU.
         push.send({"n": torch.zeros(4, device="cuda:0")}, to=peer, timeout=10)
@@ -424,7 +502,7 @@ def test_an_endpoint_others_could_reach_is_refused(run_dir: Path) -> None:
         Pull(f"ipc://{run_dir}/a.sock")
     run_dir.chmod(0o700)
     with pytest.raises(EndpointError, match="absolute"):
-        Pull("tcp://127.0.0.1:5555")
+        Pull("ipc://a.sock")
     with pytest.raises(EndpointError, match="107 bytes"):
         Pull(f"ipc://{run_dir}/{'x' * 120}.sock")
     with Pull(f"ipc://{run_dir}/a.sock"):
@@ -480,11 +558,16 @@ def test_hostile_frames_are_counted_and_nothing_else(ends: tuple[Pull, Push, Pee
         [wire.encode(wire.Deliver(2, 1, 0, spec)), bytes(16)],  # another epoch
         [wire.encode(wire.Deliver(1, 1, 2, spec)), bytes(16)],  # no such slot
         [wire.encode(wire.Deliver(1, 1, 0, spec)), bytes(16), b"three"],
+        [wire.encode(wire.Deliver(1, 1, 0, spec)), bytes(257)],  # more than a slot holds
+        [wire.encode(wire.Deliver(1, 1, 0, spec)), bytes(16)],
+        [wire.encode(wire.Deliver(1, 2, 0, spec)), bytes(16)],  # into a slot that is leased
     ]
+    honest = 3  # Hello, an offer and a message
     for frame in frames:
         stranger.send_multipart(frame)
     loop = pull._loop
-    assert loop.run_until(lambda: pull.rejected == len(frames) - 2, timeout=2), pull.rejected
+    assert loop.run_until(lambda: pull.rejected == len(frames) - honest, timeout=2), pull.rejected
+    pull.recv(timeout=1).release()
     push.send({"x": np.ones(2)}, to=peer)
     with pull.recv(timeout=1) as message:
         assert message.tensors["x"].tolist() == [1.0, 1.0]

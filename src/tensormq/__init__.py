@@ -17,24 +17,28 @@ from .errors import (
     PeerLost,
     ProtocolError,
     RingBroken,
+    SecurityError,
     TensorMQError,
     TensorTooLarge,
     Timeout,
     UnsupportedTensor,
 )
+from .keys import Keys, load_keys, make_keys
 from .loop import Loop
 from .pull import Message, Pull
 from .push import Filling, Peer, Push
-from .statistics import ChannelStatistics, Histogram
+from .statistics import ChannelStatistics, ConsumerStatistics, Histogram
 from .wire import Carrier, Doorbell, Request, slot_size
 
 __all__ = [
     "Carrier",
     "ChannelStatistics",
+    "ConsumerStatistics",
     "Doorbell",
     "EndpointError",
     "Filling",
     "Histogram",
+    "Keys",
     "Loop",
     "Message",
     "NegotiationError",
@@ -45,9 +49,12 @@ __all__ = [
     "Push",
     "Request",
     "RingBroken",
+    "SecurityError",
     "TensorMQError",
     "TensorTooLarge",
     "Timeout",
     "UnsupportedTensor",
+    "load_keys",
+    "make_keys",
     "slot_size",
 ]

@@ -4,6 +4,7 @@ TensorMQError
 ├── ProtocolError     the peer's fault: a frame that is not a message of this protocol
 ├── RingBroken        the peer's fault: shared memory that says what cannot be; ends the channel
 ├── EndpointError     an endpoint that cannot be bound safely or reached
+├── SecurityError     keys that are missing, unsafe or not allowed, where a tcp endpoint needs them
 ├── NegotiationError  two ends that share no allowed carrier
 ├── TensorTooLarge    tensors that do not fit the slot they are meant for
 ├── UnsupportedTensor a dtype, device or layout that cannot be carried
@@ -27,6 +28,10 @@ class RingBroken(TensorMQError):
 
 
 class EndpointError(TensorMQError):
+    pass
+
+
+class SecurityError(TensorMQError):
     pass
 
 

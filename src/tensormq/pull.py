@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import stat
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import zmq
 
-from . import host, ring, wire
+from . import host, ring, tcp, wire
 from .errors import (
-    EndpointError,
     NegotiationError,
     ProtocolError,
     RingBroken,
     TensorMQError,
     Timeout,
 )
+from .keys import Keys
+from .listener import IpcListener, TcpListener
 from .loop import Loop
 from .process import open_pidfd
 from .ring import Line
+from .statistics import ConsumerStatistics
 from .wire import Carrier, Doorbell, Request
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Message:
     )
 
     def __init__(
-        self, channel: _Channel, descriptor: wire.Deliver, tensors: Mapping[str, Any]
+        self, channel: _Channel, descriptor: wire.Deliver, tensors: Mapping[str, Any], hop: int
     ) -> None:
         self.tensors = tensors
         self.requests: tuple[Request, ...] = descriptor.requests
@@ -68,11 +68,11 @@ class Message:
         self._slot = descriptor.slot
         self._sequence = descriptor.sequence
         self._released = False
-        self._hop = channel.since(descriptor.sent)
+        self._hop = hop
 
     @property
     def carrier(self) -> Carrier:
-        return self._channel.carrier
+        return self._channel.statistics.carrier
 
     def release(self) -> None:
         """Give the slot back; the second and later calls do nothing."""
@@ -97,17 +97,21 @@ class Message:
 class _Channel:
     """One producer, as the consumer sees it."""
 
-    def __init__(self, pull: Pull, identity: bytes, hello: wire.Hello) -> None:
+    def __init__(
+        self, pull: Pull, identity: bytes, hello: wire.Hello, connection: int | None
+    ) -> None:
         self.pull = pull
         self.identity = identity
         self.epoch = hello.epoch
         self.abilities = hello.abilities
-        self.carrier = Carrier.INLINE
+        self.connection = connection  # where it came by tcp
+        self.statistics = ConsumerStatistics(hello.abilities.process.pid, Carrier.INLINE)
         self.slots = 0
         self.slot_bytes = 0
         self.open = False
         self.ending = False
-        self.leases = 0
+        # Slots that are leased to this end, in the order of their arrival; when that was, in ns.
+        self.leases: dict[int, int] = {}
         self.pidfd: int | None = None
         self.line: Line | None = None
         self._host: host.HostMapping | None = None
@@ -134,10 +138,14 @@ class _Channel:
                 self._device = self.pull._open(offer, slab)
                 self._views = host.Views(self._device.view, numpy=False)
             case wire.NoSlab() if offer.carrier is Carrier.INLINE:
-                pass
+                largest = self.pull._max_slot_bytes
+                if offer.slot_bytes > largest:
+                    raise NegotiationError(
+                        f"slots of {offer.slot_bytes} bytes, and this end takes {largest} at most"
+                    )
             case _:
                 raise NegotiationError(f"carrier {offer.carrier} does not go with {offer.slab}")
-        self.carrier = offer.carrier
+        self.statistics.carrier = offer.carrier
         self.slots = offer.slots
         self.slot_bytes = offer.slot_bytes
         self.open = True
@@ -152,7 +160,21 @@ class _Channel:
             self._layouts[encoded] = layout
         return layout
 
-    def tensors(
+    def take(
+        self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
+    ) -> Message:
+        tensors = self._tensors(descriptor, layout, payload)
+        hop = self._since(descriptor.sent)
+        statistics = self.statistics
+        statistics.messages += 1
+        statistics.bytes += layout.nbytes
+        if self._device is None:
+            statistics.host_bytes += layout.nbytes
+        if hop and layout.specs:
+            statistics.hops.add(hop)
+        return Message(self, descriptor, tensors, hop)
+
+    def _tensors(
         self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
     ) -> dict[str, Any]:
         if not layout.specs:
@@ -167,7 +189,7 @@ class _Channel:
             raise ProtocolError("a descriptor without the bytes it describes")
         return {spec.name: self.pull._view(payload, spec, 0) for spec in layout.specs}
 
-    def since(self, sent: int) -> int:
+    def _since(self, sent: int) -> int:
         """Nanoseconds since a message was sent; 0 where that cannot be known."""
         if not sent or not self._one_clock:
             return 0
@@ -184,13 +206,13 @@ class _Channel:
             self._give_back(slot, sequence, hop)
 
     def _give_back(self, slot: int, sequence: int, hop: int) -> None:
-        self.leases -= 1
+        del self.leases[slot]
         self.pull._give_back(self, wire.Release(self.epoch, sequence, slot, hop))
         if self.ending and not self.leases:
             self.pull._end(self)
 
     def torn(self) -> tuple[set[int], dict[int, int]]:
-        """What the dead producer announced and never completed: sequences, and those taken.
+        """What the dead producer announced and never completed: slots, and those taken.
 
         Only on a GPU, where a message is announced before its content is computed. Of those that
         the application took, slot → sequence: its streams wait for them.
@@ -199,7 +221,7 @@ class _Channel:
             return set(), {}
         complete = self._device.filled()
         announced = [d for channel, d, _, _ in self.pull._inbox if channel is self and d.slot >= 0]
-        untaken = {d.sequence for d in announced if complete[d.slot] < d.sequence}
+        untaken = {d.slot for d in announced if complete[d.slot] < d.sequence}
         taken = {slot: last for slot, last in self._taken.items() if complete[slot] < last}
         return untaken, taken
 
@@ -226,13 +248,19 @@ class _Channel:
 class Pull:
     """Receives tensors from any number of Push ends.
 
-    endpoint: `ipc://<path>`; the path's directory must belong to this user, with mode 0700.
+    endpoint: `ipc://<path>`; the path's directory must belong to this user, with mode 0700. Or
+        `tcp://<address>:<port>`, where tensors travel inline; port `*` takes a free one.
+        `endpoint` says where this end can be reached.
     device: what tensors become: None for NumPy arrays, "cpu" for torch tensors, "cuda:0" for
         torch tensors that may lie on that GPU (those of a producer without one are in pinned
         host memory, to be uploaded with `non_blocking=True`).
     carriers: restrict what may be negotiated; None allows all that the device can do.
     doorbell: ZEROMQ keeps every message to the socket; RING uses shared memory where that can be.
     loop: share a thread's loop with other ends; a private one by default.
+    max_slot_bytes: the largest slots that a producer may offer whose tensors travel inline. A
+        longer frame ends its connection.
+    keys, allowed_keys: for tcp, this end's key pair and the public keys of the producers that may
+        connect. insecure: let anybody, and encrypt nothing.
 
     On a GPU a message is announced before its content is computed. `torn` counts those whose
     producer died in between. Such a message is dropped; if it was taken already, streams wait for
@@ -240,7 +268,8 @@ class Pull:
     unless `on_torn` is set: it is called, in the loop's thread, and the streams wait on, so that
     nothing that was computed from it gets out. The process can then only end.
 
-    Raises EndpointError when the endpoint is taken or its directory is open to others.
+    Raises EndpointError when the endpoint is taken or its directory is open to others,
+    SecurityError when a tcp endpoint has neither keys nor `insecure`.
     """
 
     def __init__(
@@ -251,8 +280,12 @@ class Pull:
         carriers: Sequence[Carrier] | None = None,
         doorbell: Doorbell = Doorbell.RING,
         loop: Loop | None = None,
+        max_slot_bytes: int = 1 << 30,
+        keys: Keys | None = None,
+        allowed_keys: Collection[str] = (),
+        insecure: bool = False,
     ) -> None:
-        self.endpoint = endpoint
+        tcp.require(endpoint, keys, allowed_keys, insecure)
         self._device = device
         self._gpu = device is not None and device.startswith("cuda")
         self._loop = loop or Loop()
@@ -266,18 +299,19 @@ class Pull:
         self.torn = 0
         self.on_torn: Callable[[], None] | None = None
         self._abilities = host.abilities(device, carriers)
-        self._lock, self._path = _claim(endpoint)
-        self._socket = self._loop.context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # credits bound what is under way, not ZeroMQ
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        try:
-            self._socket.bind(endpoint)
-            self._path.chmod(0o600)
-        except (zmq.ZMQError, OSError) as error:
-            self._socket.close()
-            os.close(self._lock)
-            raise EndpointError(f"{endpoint} cannot be bound: {error}") from None
+        self._max_slot_bytes = max_slot_bytes
+        largest = max(wire.MAX_FRAME, max_slot_bytes)
+        self._listener: IpcListener | TcpListener
+        if tcp.is_tcp(endpoint):
+            self._abilities = self._abilities.over_tcp()
+            self._listener = TcpListener(
+                self._loop, endpoint, largest, keys, allowed_keys,
+                on_end=self._hear_of_end, on_failure=self._refuse,
+            )  # fmt: skip
+        else:
+            self._listener = IpcListener(self._loop, endpoint, largest)
+        self.endpoint = self._listener.endpoint
+        self._socket = self._listener.socket
         self._loop.watch(self._socket, self._receive)
 
     # Receiving
@@ -295,7 +329,7 @@ class Pull:
     def _take(self) -> Message:
         # Only now does the current stream wait for the content: work on earlier messages must not.
         channel, descriptor, layout, payload = self._inbox.popleft()
-        return Message(channel, descriptor, channel.tensors(descriptor, layout, payload))
+        return channel.take(descriptor, layout, payload)
 
     @property
     def waiting(self) -> int:
@@ -305,7 +339,22 @@ class Pull:
     @property
     def leases(self) -> int:
         """Slots of producers that this end holds, taken or not."""
-        return sum(channel.leases for channel in self._channels.values())
+        return sum(len(channel.leases) for channel in self._channels.values())
+
+    def statistics(self) -> tuple[ConsumerStatistics, ...]:
+        """Of each producer that is connected, or that has left messages to be released."""
+        now = time.monotonic_ns()
+        waiting = Counter(channel for channel, _, _, _ in self._inbox)
+        return tuple(
+            replace(
+                channel.statistics,
+                waiting=waiting[channel],
+                leases=len(channel.leases),
+                oldest_lease=(now - next(iter(channel.leases.values()), now)) / 1e9,
+            )
+            for channel in self._channels.values()
+            if channel.open
+        )
 
     def _receive(self) -> None:
         while not self._closed:
@@ -324,7 +373,10 @@ class Pull:
                 if not frames or len(frames) > 2 or len(frames[0]) > wire.MAX_FRAME:
                     raise ProtocolError("not one or two frames of allowed length")
                 message = wire.decode_to_consumer(frames[0].bytes)
-                self._handle(sender, message, frames[1].buffer if len(frames) == 2 else None)
+                if isinstance(message, wire.Hello) and channel is None:
+                    self._greet(identity, message)
+                else:
+                    self._handle(sender, message, frames[1].buffer if len(frames) == 2 else None)
             except ProtocolError as error:
                 self.rejected += 1
                 log.warning("rejected a frame at %s: %s", self.endpoint, error)
@@ -355,14 +407,11 @@ class Pull:
 
     def _handle(self, sender: bytes, message: wire.ToConsumer, payload: memoryview | None) -> None:
         channel = self._channels.get(sender)
-        if isinstance(message, wire.Hello):
-            if channel is not None:
-                raise ProtocolError("a second Hello on one connection")
-            self._greet(sender, message)
-            return
         if channel is None:
             raise ProtocolError(f"{type(message).__name__} from somebody who never said Hello")
         match message:
+            case wire.Hello():
+                raise ProtocolError("a second Hello on one connection")
             case wire.Offer():
                 self._consider(channel, message)
             case wire.Deliver():
@@ -378,26 +427,45 @@ class Pull:
         layout = channel.layout(bytes(message.tensors))
         if layout.specs:
             wire.check_descriptor(message, channel.slots)
-            if channel.carrier is Carrier.INLINE and (
-                payload is None or payload.nbytes < layout.end
+            if message.slot in channel.leases:
+                raise ProtocolError(f"slot {message.slot}, which was not released, once more")
+            if channel.statistics.carrier is Carrier.INLINE and (
+                payload is None or not layout.end <= payload.nbytes <= channel.slot_bytes
             ):
-                raise ProtocolError("a descriptor without all the bytes it describes")
-            channel.leases += 1
+                raise ProtocolError("a descriptor without the bytes it describes, or with more")
+            channel.leases[message.slot] = time.monotonic_ns()
         elif message.slot != -1:
             raise ProtocolError("a slot without tensors")
         self._inbox.append((channel, message, layout, payload))
 
-    def _greet(self, sender: bytes, hello: wire.Hello) -> None:
+    def _greet(self, sender: zmq.Frame, hello: wire.Hello) -> None:
         if len(self._channels) >= _MAX_CHANNELS:
             raise ProtocolError(f"more than {_MAX_CHANNELS} producers")
-        channel = _Channel(self, sender, hello)
-        if hello.abilities.process.host == self._abilities.process.host:
+        connection = None
+        if isinstance(self._listener, TcpListener):
+            connection = self._listener.connection_of(sender)
+            if connection is None:
+                return  # it ended while its Hello was under way
+        channel = _Channel(self, sender.bytes, hello, connection)
+        if connection is None and hello.abilities.process.host == self._abilities.process.host:
             channel.pidfd = open_pidfd(hello.abilities.process)
             if channel.pidfd is None:
                 return  # it died while its Hello was under way
             self._loop.watch(channel.pidfd, lambda: self._lose(channel))
-        self._channels[sender] = channel
+        self._channels[channel.identity] = channel
         self._answer(channel, wire.Card(hello.epoch, self._abilities))
+
+    def _hear_of_end(self, connection: int) -> None:
+        """A tcp connection ended, and with it what it carried."""
+        if any(channel.connection == connection for channel in self._channels.values()):
+            self._receive()  # what it brought before
+        for channel in tuple(self._channels.values()):
+            if channel.connection == connection:
+                self._lose(channel)
+
+    def _refuse(self, reason: str) -> None:
+        self.rejected += 1
+        log.warning("refused a connection to %s: %s", self.endpoint, reason)
 
     def _consider(self, channel: _Channel, offer: wire.Offer) -> None:
         if channel.open:
@@ -419,7 +487,7 @@ class Pull:
         """Join the rings that were offered; without them the channel keeps to its socket."""
         if offer.rings is None or not self._rings:
             return None
-        if channel.abilities.process.host != self._abilities.process.host:
+        if offer.carrier is Carrier.INLINE:
             return None
         try:
             line = ring.join(channel.abilities.process, offer.nonce, offer.rings)
@@ -427,6 +495,7 @@ class Pull:
             log.warning("a channel of %s keeps to its socket: %s", self.endpoint, error)
             return None
         channel.line = line
+        channel.statistics.doorbell = Doorbell.RING
         self._loop.watch_ring(line.incoming, lambda: self._drain(channel))
         return self._loop.bell
 
@@ -439,9 +508,10 @@ class Pull:
         if untaken:
             self._inbox = deque(
                 item for item in self._inbox
-                if item[0] is not channel or item[1].sequence not in untaken
+                if item[0] is not channel or item[1].slot not in untaken
             )  # fmt: skip
-            channel.leases -= len(untaken)
+            for slot in untaken:
+                del channel.leases[slot]
         if untaken or taken:
             self.torn += len(untaken) + len(taken)
             log.warning(
@@ -540,10 +610,7 @@ class Pull:
         for channel in tuple(self._channels.values()):
             self._end(channel)
         self._loop.unwatch(self._socket)
-        self._socket.close()
-        self._path.unlink(missing_ok=True)
-        _lock_path(self._path).unlink(missing_ok=True)
-        os.close(self._lock)
+        self._listener.close()
         if self._owns_loop:
             self._loop.close()
 
@@ -562,34 +629,3 @@ class Pull:
 def _expect(size: int, expected: int) -> None:
     if size != expected:
         raise NegotiationError(f"a slab of {size} bytes does not hold the offered slots")
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(path.name + ".lock")
-
-
-def _claim(endpoint: str) -> tuple[int, Path]:
-    """Make `endpoint` ours alone; returns the lock's descriptor and the socket's path.
-
-    ZeroMQ would let a second bind steal the path silently, and creates sockets that anybody may
-    connect to: a lock beside the socket and a private directory prevent both.
-    """
-    scheme, _, rest = endpoint.partition("://")
-    if scheme != "ipc" or not rest.startswith("/"):
-        raise EndpointError(f"{endpoint!r} is not ipc:// with an absolute path")
-    path = Path(rest)
-    if len(os.fsencode(path)) > 107:
-        raise EndpointError(f"{path} is longer than the 107 bytes a Unix socket's path may have")
-    try:
-        directory = path.parent.stat()
-    except OSError as error:
-        raise EndpointError(f"{path.parent} cannot hold an endpoint: {error.strerror}") from None
-    if directory.st_uid != os.getuid() or stat.S_IMODE(directory.st_mode) & 0o077:
-        raise EndpointError(f"{path.parent} must belong to this user and have mode 0700")
-    lock = os.open(_lock_path(path), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise EndpointError(f"{endpoint} is in use by another Pull") from None
-    return lock, path

@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import zmq
 
-from . import host, ring, wire
+from . import host, ring, tcp, wire
 from .errors import (
     EndpointError,
     NegotiationError,
     PeerLost,
     ProtocolError,
     RingBroken,
+    SecurityError,
     TensorTooLarge,
     Timeout,
     UnsupportedTensor,
 )
 from .host import Tensor
+from .keys import Keys
 from .loop import Loop
 from .pool import SlotPool
 from .process import open_pidfd
@@ -55,6 +57,8 @@ class Peer:
         self._answers: list[wire.ToProducer] = []
         self._lane: _Lane | None = None
         self._line: Line | None = None
+        self._connections: tcp.Connections | None = None
+        self._refused = False
         self._pidfd: int | None = None
         self.statistics = ChannelStatistics(endpoint, Carrier.INLINE)
 
@@ -151,29 +155,44 @@ class Push:
         endpoint: str,
         timeout: float = 10.0,
         carriers: Sequence[Carrier] | None = None,
+        *,
+        keys: Keys | None = None,
+        server_key: str | None = None,
+        insecure: bool = False,
     ) -> Peer:
         """Open a channel to the Pull end bound at `endpoint`, with the best carrier.
 
-        `carriers` restricts what may be negotiated with this peer.
+        `carriers` restricts what may be negotiated with this peer. For `tcp://` give the key pair
+        of this end and the public key of the Pull end, or `insecure`.
         Raises EndpointError when nobody answers within `timeout` seconds, NegotiationError when
-        no allowed carrier works.
+        no allowed carrier works, SecurityError when the ends do not accept each other's keys.
         """
+        tcp.require(endpoint, keys, () if server_key is None else (server_key,), insecure)
         end = time.monotonic() + timeout
         socket = self._loop.context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 1000)
         # Not IMMEDIATE: it would throw away a Bye that arrives together with the disconnection.
-        # What is queued for a dead peer is bounded by credits, and its death is seen by pidfd.
+        # What is queued for a dead peer is bounded by credits, and its death is noticed.
         socket.setsockopt(zmq.SNDHWM, 0)  # credits bound what is under way, not ZeroMQ
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_FRAME)
         peer = Peer(endpoint, socket)
-        try:
-            socket.connect(endpoint)
-        except zmq.ZMQError as error:
-            socket.close()
-            raise EndpointError(f"{endpoint!r} is no endpoint: {error}") from None
+        if tcp.is_tcp(endpoint):
+            tcp.tune(socket)
+            if keys is not None and server_key is not None:
+                tcp.identify(socket, keys, server_key)
+            peer._connections = tcp.Connections(
+                self._loop,
+                socket,
+                on_end=lambda _: self._hear_of_end(peer),
+                on_failure=lambda reason: self._hear_of_refusal(peer, reason),
+            )
         self._loop.watch(socket, lambda: self._receive(peer))
         try:
+            try:
+                socket.connect(endpoint)
+            except zmq.ZMQError as error:
+                raise EndpointError(f"{endpoint!r} is no endpoint: {error}") from None
             self._handshake(peer, end, carriers)
         except BaseException:
             self._drop(peer)
@@ -182,16 +201,18 @@ class Push:
         return peer
 
     def _handshake(self, peer: Peer, end: float, allowed: Sequence[Carrier] | None) -> None:
-        self._say(peer, [wire.encode(wire.Hello(peer.epoch, self._abilities))])
+        remote = tcp.is_tcp(peer.endpoint)
+        mine = self._abilities.over_tcp() if remote else self._abilities
+        self._say(peer, [wire.encode(wire.Hello(peer.epoch, mine))])
         card = self._answer(peer, end)
         if not isinstance(card, wire.Card):
             raise NegotiationError(f"{peer.endpoint} answered Hello with {card}")
-        if card.abilities.process.host == self._abilities.process.host:
+        if not remote and card.abilities.process.host == mine.process.host:
             peer._pidfd = open_pidfd(card.abilities.process)
             if peer._pidfd is None:
                 raise EndpointError(f"the process behind {peer.endpoint} has ended")
             self._loop.watch(peer._pidfd, lambda: self._lose(peer, "its process ended"))
-        carriers, reasons = wire.candidates(self._abilities, card.abilities)
+        carriers, reasons = wire.candidates(mine, card.abilities)
         obstacles = list(reasons)
         for carrier in carriers:
             if allowed is not None and carrier not in allowed:
@@ -217,7 +238,7 @@ class Push:
                     self._open(peer, rings.line(card.abilities.process, answer.bell))
             if isinstance(answer, wire.Welcome):
                 self._admit(peer, lane, offer)
-                if obstacles and carrier is Carrier.INLINE:
+                if obstacles and carrier is Carrier.INLINE and not remote:
                     log.info("%s is reached inline (%s)", peer.endpoint, "; ".join(obstacles))
                 return
             if isinstance(answer, wire.Decline):
@@ -242,6 +263,8 @@ class Push:
             lambda: bool(peer._answers) or peer.lost is not None, max(0.0, end - time.monotonic())
         ):
             raise EndpointError(f"nobody answers at {peer.endpoint}")
+        if peer._refused:
+            raise SecurityError(f"no connection to {peer.endpoint}: {peer.lost}")
         if peer.lost is not None:
             raise EndpointError(f"{peer.endpoint} was lost in the handshake: {peer.lost}")
         return peer._answers.pop(0)
@@ -554,6 +577,15 @@ class Push:
             case wire.Bye():
                 self._lose(peer, "it closed its end")
 
+    def _hear_of_end(self, peer: Peer) -> None:
+        """The tcp connection ended, and with it the channel."""
+        self._receive(peer)  # what it brought before
+        self._lose(peer, "the connection to it ended")
+
+    def _hear_of_refusal(self, peer: Peer, reason: str) -> None:
+        peer._refused = True
+        self._lose(peer, reason)
+
     def _take_back(self, peer: Peer, release: wire.Release) -> None:
         lane = peer._lane
         slot = release.slot
@@ -577,6 +609,8 @@ class Push:
             lane.pool.forget(peer)
             if lane.device is not None:
                 lane.device.detach(peer)
+        if not peer._socket.closed:
+            peer._socket.setsockopt(zmq.LINGER, 0)  # what was not sent yet is for nobody
         self._drop(peer)
         if lane is not None and self.on_lost is not None:
             self.on_lost(peer)
@@ -592,6 +626,9 @@ class Push:
             self._loop.unwatch(peer._pidfd)
             os.close(peer._pidfd)
             peer._pidfd = None
+        if peer._connections is not None:
+            peer._connections.close()
+            peer._connections = None
         if not peer._socket.closed:
             self._loop.unwatch(peer._socket)
             peer._socket.close()

@@ -57,3 +57,28 @@ class ChannelStatistics:
     slots_free: int = 0
     slots_leased: int = 0
     hops: Histogram = field(default_factory=Histogram)
+
+
+@dataclass
+class ConsumerStatistics:
+    """One channel, as its consumer counts it.
+
+    producer: the process at the other end, as it names itself.
+    messages, bytes, host_bytes: of the messages that were taken; host_bytes is what went through
+        host memory.
+    waiting: messages that were received and not yet taken.
+    leases, oldest_lease: slots of the producer that this end holds, taken or not, and for how many
+        seconds the first of them. A message that nobody releases shows here.
+    hops: as in ChannelStatistics.
+    """
+
+    producer: int
+    carrier: Carrier
+    doorbell: Doorbell = Doorbell.ZEROMQ
+    messages: int = 0
+    bytes: int = 0
+    host_bytes: int = 0
+    waiting: int = 0
+    leases: int = 0
+    oldest_lease: float = 0.0
+    hops: Histogram = field(default_factory=Histogram)

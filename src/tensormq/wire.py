@@ -135,6 +135,11 @@ class Abilities(_Frozen, frozen=True):
     carriers: tuple[Carrier, ...]
     gpu: str | None = None
 
+    def over_tcp(self) -> Abilities:
+        """What is left of them where nothing that a peer says of its process can be believed."""
+        inline = tuple(carrier for carrier in self.carriers if carrier is Carrier.INLINE)
+        return Abilities(self.process, inline)
+
 
 class Hello(_Frozen, frozen=True, tag="hello"):
     epoch: int
