@@ -457,11 +457,12 @@ class Pull:
 
     def _hear_of_end(self, connection: int) -> None:
         """A tcp connection ended, and with it what it carried."""
-        if any(channel.connection == connection for channel in self._channels.values()):
+        # Those of now: what is received next may come by a connection that was given its number.
+        ended = [c for c in self._channels.values() if c.connection == connection]
+        if ended:
             self._receive()  # what it brought before
-        for channel in tuple(self._channels.values()):
-            if channel.connection == connection:
-                self._lose(channel)
+        for channel in ended:
+            self._lose(channel)
 
     def _refuse(self, reason: str) -> None:
         self.rejected += 1
