@@ -17,23 +17,33 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from blockflow import demo
 from blockflow.artifact import Store
+from blockflow.demo.digits import TASKS, Classifier, Digits, load_digits, train
+from blockflow.demo.resnet import _mean_compute_ms
+from blockflow.demo.server import serving
+from blockflow.demo.trunk import (
+    ROWS,
+    SINGLES,
+    digits_topology,
+    requests_of,
+    score,
+    split_where_they_differ,
+)
 from blockflow.errors import BlockFlowError
 from blockflow.status import BlockState, BlockStatus
 from blockflow.topology import parse
 
-DIGIT = demo.TASKS[0]
+DIGIT = TASKS[0]
 
 
 @pytest.fixture(scope="module")
-def digits() -> demo.Digits:
-    return demo.load_digits()
+def digits() -> Digits:
+    return load_digits()
 
 
 @pytest.fixture(scope="module")
-def models(digits: demo.Digits) -> dict[str, demo.Classifier]:
-    return demo.train(digits)
+def models(digits: Digits) -> dict[str, Classifier]:
+    return train(digits)
 
 
 class Always(nn.Module):
@@ -49,47 +59,47 @@ class Always(nn.Module):
         return self.logits.repeat(len(image), 1)
 
 
-def answer_of(model: nn.Module, digits: demo.Digits) -> Any:
+def answer_of(model: nn.Module, digits: Digits) -> Any:
     return model(digits.held_out).numpy()
 
 
 # ------------------------------------------------------------------------------ data and training
 
 
-def test_a_fifth_of_the_digits_is_held_out_and_the_same_every_time(digits: demo.Digits) -> None:
+def test_a_fifth_of_the_digits_is_held_out_and_the_same_every_time(digits: Digits) -> None:
     assert digits.train.shape == (1437, 1, 8, 8)
     assert digits.held_out.shape == (360, 1, 8, 8)
     assert (digits.train.min(), digits.train.max()) == (0, 1)
     assert digits.held_out_digits.unique().tolist() == list(range(10))
-    assert torch.equal(digits.held_out, demo.load_digits().held_out)
+    assert torch.equal(digits.held_out, load_digits().held_out)
     seen = {image.numpy().tobytes() for image in digits.train}
     assert not any(image.numpy().tobytes() in seen for image in digits.held_out)
 
 
 def test_labels_answer_the_questions() -> None:
     every = torch.arange(10)
-    assert {task.name: task.label(every).tolist() for task in demo.TASKS} == {
+    assert {task.name: task.label(every).tolist() for task in TASKS} == {
         "digit": list(range(10)),
         "parity": [0, 1] * 5,
         "half": [0] * 5 + [1] * 5,
     }
-    for task in demo.TASKS:
+    for task in TASKS:
         assert task.label(every).max() + 1 == task.classes
 
 
-def test_requests_hold_every_image_once(digits: demo.Digits) -> None:
-    parts = demo.requests_of(digits)
+def test_requests_hold_every_image_once(digits: Digits) -> None:
+    parts = requests_of(digits)
     assert np.array_equal(np.concatenate(parts), digits.held_out.numpy())
-    assert [len(part) for part in parts[: demo.SINGLES]] == [1] * demo.SINGLES
-    assert max(map(len, parts)) == demo.ROWS
+    assert [len(part) for part in parts[:SINGLES]] == [1] * SINGLES
+    assert max(map(len, parts)) == ROWS
 
 
 @pytest.mark.slow
 def test_training_succeeds_on_one_frozen_trunk(
-    digits: demo.Digits, models: dict[str, demo.Classifier]
+    digits: Digits, models: dict[str, Classifier]
 ) -> None:
     assert len({id(model.trunk) for model in models.values()}) == 1
-    for task in demo.TASKS:
+    for task in TASKS:
         model = models[task.name]
         assert not model.training
         assert not any(p.requires_grad for p in model.trunk.parameters())
@@ -99,41 +109,41 @@ def test_training_succeeds_on_one_frozen_trunk(
 
 @pytest.mark.slow
 def test_the_trunk_is_found_whole_and_stored_once(
-    models: dict[str, demo.Classifier], tmp_path: Path
+    models: dict[str, Classifier], tmp_path: Path
 ) -> None:
     store = Store(tmp_path, create=True)
-    split = demo.split_where_they_differ(models, store)
-    assert set(store.digests()) == {split.trunk.digest, *(h.digest for h in split.heads.values())}
+    cut = split_where_they_differ(models, store)
+    assert set(store.digests()) == {cut.trunk.digest, *(h.digest for h in cut.heads.values())}
     assert len(store.digests()) == 1 + len(models)
 
     def weights(module: nn.Module) -> int:
         return sum(t.nbytes for t in module.state_dict().values() if t.is_floating_point())
 
     trunk = weights(models["digit"].trunk)
-    assert split.trunk.manifest.parameter_bytes == trunk
-    assert split.bytes_alone == sum(map(weights, models.values()))
-    assert split.bytes_shared == split.bytes_alone - 2 * trunk
+    assert cut.trunk.manifest.parameter_bytes == trunk
+    assert cut.bytes_alone == sum(map(weights, models.values()))
+    assert cut.bytes_shared == cut.bytes_alone - 2 * trunk
 
-    topology = demo.digits_topology(split)
+    topology = digits_topology(cut)
     assert {p.blocks[0] for p in topology.pipelines.values()} == {"trunk"}
     assert {p.blocks[1] for p in topology.pipelines.values()} == set(topology.blocks) - {"trunk"}
 
 
 @pytest.mark.slow
 def test_networks_without_a_common_trunk_are_refused(tmp_path: Path) -> None:
-    models = {n: demo.Classifier(nn.Conv2d(1, 2, 3), nn.Flatten()).eval() for n in ("a", "b")}
+    models = {n: Classifier(nn.Conv2d(1, 2, 3), nn.Flatten()).eval() for n in ("a", "b")}
     with pytest.raises(BlockFlowError, match="none was found"):
-        demo.split_where_they_differ(models, Store(tmp_path, create=True))
+        split_where_they_differ(models, Store(tmp_path, create=True))
 
 
 # ------------------------------------------------------------------------------------- comparing
 
 
-def test_an_equal_answer_is_scored(digits: demo.Digits) -> None:
-    score = demo.score(DIGIT, Always(3), digits, answer_of(Always(3), digits))
+def test_an_equal_answer_is_scored(digits: Digits) -> None:
+    found = score(DIGIT, Always(3), digits, answer_of(Always(3), digits))
     share = float((digits.held_out_digits == 3).float().mean())
-    assert score.accuracy == score.accuracy_alone == pytest.approx(share)
-    assert (score.difference, score.images) == (0, 360)
+    assert found.accuracy == found.accuracy_alone == pytest.approx(share)
+    assert (found.difference, found.images) == (0, 360)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +155,12 @@ def test_an_equal_answer_is_scored(digits: demo.Digits) -> None:
         (nn.Flatten(), r"answered \(360, 64\), its network \(360, 10\)"),
     ],
 )
-def test_a_wrong_answer_is_refused(
-    digits: demo.Digits, answered: nn.Module, complaint: str
-) -> None:
+def test_a_wrong_answer_is_refused(digits: Digits, answered: nn.Module, complaint: str) -> None:
     with pytest.raises(BlockFlowError, match=complaint):
-        demo.score(DIGIT, Always(3), digits, answer_of(answered, digits))
+        score(DIGIT, Always(3), digits, answer_of(answered, digits))
 
 
-def test_another_prediction_is_refused_however_close_the_logits_are(digits: demo.Digits) -> None:
+def test_another_prediction_is_refused_however_close_the_logits_are(digits: Digits) -> None:
     answer = np.zeros((360, 10), dtype=np.float32)
     answer[:, 0] = 1
     answer[:, 1] = 1 + 1e-6
@@ -162,7 +170,7 @@ def test_another_prediction_is_refused_however_close_the_logits_are(digits: demo
             return torch.tensor([[1.0, 1.0, *[0.0] * 8]]).repeat(len(image), 1)
 
     with pytest.raises(BlockFlowError, match="predicts other classes"):
-        demo.score(DIGIT, Tie(), digits, answer)
+        score(DIGIT, Tie(), digits, answer)
 
 
 def block(requests: int, mean: float | None) -> BlockStatus:
@@ -181,7 +189,7 @@ def block(requests: int, mean: float | None) -> BlockStatus:
 def test_the_mean_between_two_reports_leaves_the_earlier_requests_out(before: BlockStatus) -> None:
     total = before.requests * (before.compute_ms_mean or 0)
     after = block(before.requests + 3, (total + 3 * 5.0) / (before.requests + 3))
-    assert demo._mean_compute_ms(before, after) == pytest.approx(5.0)
+    assert _mean_compute_ms(before, after) == pytest.approx(5.0)
 
 
 # ------------------------------------------------------------------------------------ whole runs
@@ -198,7 +206,7 @@ def test_a_server_that_does_not_start_is_told_with_its_last_words(run_dir: Path)
     Store(run_dir / "store", create=True)
     with (
         pytest.raises(BlockFlowError, match=r"(?s)ended with status 1\n.*last lines.*lost"),
-        demo._serving(run_dir, topology, Console(quiet=True)),
+        serving(run_dir, topology, Console(quiet=True)),
     ):
         pytest.fail("it started")
 

@@ -10,6 +10,6 @@ from blockflow.cli.command import app, verb
 @verb
 def demo() -> None:
     """Split models, serve them and watch shared blocks at work, on this machine alone."""
-    from blockflow.demo import run
+    from blockflow.demo.story import run
 
     run()
