@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import full_disk
 from blockflow.artifact import (
     TENSORS,
     WEIGHTS_FILE,
@@ -592,34 +593,60 @@ def test_a_full_disk_is_one_clear_message(store: Store, error: Exception) -> Non
     store.verify(B)
 
 
-def test_a_limit_on_file_sizes_leaves_a_good_store(store: Store) -> None:
-    store.put(manifest(B), writing(b"other"))
-    code = """
-        import resource, signal, sys
-        from pathlib import Path
-        import msgspec
-        from blockflow.artifact import Manifest, Store
-        from blockflow.errors import BlockFlowError
+FULL = """
+    import hashlib
+    import msgspec
+    from blockflow.artifact import *
+    from blockflow.artifact import TENSORS, WEIGHTS_FILE, tensor_name
+    from blockflow.errors import BlockFlowError
 
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        manifest = msgspec.json.decode(sys.argv[2], type=Manifest)
-        write = lambda folder: (folder / "program.pt2").write_bytes(b"p" * 100_000)
+    other, manifest = (msgspec.json.decode(text, type=Manifest) for text in sys.argv[3:])
+    store = Store(ROOT / "store", create=True)
+
+    def write(folder):
+        (folder / "program.pt2").write_bytes(b"p" * 9_000)
+        (folder / TENSORS).mkdir()
+        weights = {}
+        for number in range(4):
+            content = (folder.name + str(number)).encode() * 600
+            sha256 = hashlib.sha256(content).hexdigest()
+            (folder / TENSORS / tensor_name(sha256)).write_bytes(content)
+            weights[sha256] = StoredWeight(sha256, len(content), "uint8", (len(content),))
+        (folder / WEIGHTS_FILE).write_bytes(msgspec.json.encode(weights))
+
+    store.put(other, write)
+    before = store.tensors()
+    failed = 0
+    while True:
+        allow(4 * failed)
         try:
-            Store(Path(sys.argv[1])).put(manifest, write)
+            store.put(manifest, write)
         except BlockFlowError as error:
             print(error)
-    """
-    text = msgspec.json.encode(manifest(A)).decode()
-    said = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(store.root), text],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "limit on file sizes" in said.stdout
-    assert said.stderr == ""
-    assert store.digests() == [B]
-    assert list((store.root / "tmp").iterdir()) == []
+            failed += 1
+        else:
+            break
+        assert store.digests() == [other.digest]
+        assert store.tensors() == before
+        assert list((ROOT / "store" / "tmp").iterdir()) == []
+        store.verify(other.digest)
+    allow(8_000)
+    store.verify(manifest.digest)
+    store.collect([other.digest])
+    assert store.tensors() == before
+    assert failed > 2
+"""
+
+
+@pytest.mark.parametrize("kind", full_disk.kinds())
+def test_a_disk_that_is_full_at_any_byte_leaves_a_good_store(tmp_path: Path, kind: str) -> None:
+    """The disk is a little larger every time, until all of the artifact fits."""
+    texts = [msgspec.json.encode(manifest(digest)).decode() for digest in (B, A)]
+    done = full_disk.run(kind, tmp_path, FULL, *texts)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for line in done.stdout.splitlines():
+        assert f"no room for artifact {A} in the store at {tmp_path}/store: the disk is" in line
 
 
 def test_other_errors_pass_as_they_are(store: Store) -> None:

@@ -19,6 +19,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+import full_disk
 from blockflow import __version__, cli
 from blockflow.api import create_app
 from blockflow.artifact import (
@@ -256,6 +257,63 @@ def test_split_refuses_bad_names_before_it_works(tmp_path: Path) -> None:
     (line,) = refused(run(*arguments[:-1], missing))
     assert line.startswith("error: there is no directory ")
     assert not (tmp_path / "store").exists()
+
+
+SPLIT_INTO_A_FULL_DISK = """
+    import torch
+    from typer.testing import CliRunner
+    from blockflow.artifact import Store
+    from blockflow.cli import app
+
+    def stack():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(12)))
+        model.example_inputs = {"input": torch.zeros(2, 128)}
+        return model
+
+    def split(*more):
+        arguments = ["--store", "store", "-o", "topology.yaml", *more]
+        done = CliRunner().invoke(app, ["split", "__main__:stack", "--blocks", "4", *arguments])
+        print(done.exit_code, "|", done.stderr.strip(), "|", done.stdout.strip()[-40:])
+        store = Store(ROOT / "store")
+        assert list((ROOT / "store" / "tmp").iterdir()) == []
+        used = set()
+        for digest in store.digests():
+            used |= {each.sha256 for each in store.weights(store.verify(digest)).values()}
+        assert set(store.tensors()) == used
+        print(len(store.digests()), (ROOT / "topology.yaml").exists())
+
+    os.chdir(ROOT)
+    for allowed in (int(sys.argv[3]), int(sys.argv[4]), 6_000):
+        allow(allowed)
+        split()
+    (ROOT / "topology.yaml").write_text("mine")
+    allow(0)
+    split("--force")
+    print((ROOT / "topology.yaml").read_text())
+"""
+
+
+@pytest.mark.parametrize("kind", full_disk.kinds())
+def test_splitting_into_a_full_disk_is_one_clear_message(tmp_path: Path, kind: str) -> None:
+    """A block has three layers of 66 kB: the disk has room for none of them, then for one block
+    (a limit is for each file, so that it is none again), at last for all. When a topology cannot
+    be written, the one before stays.
+    """
+    sizes = ("40", "260") if kind == "tmpfs" else ("20", "60")
+    done = full_disk.run(kind, tmp_path, SPLIT_INTO_A_FULL_DISK, *sizes)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line in lines[0], lines[2]:
+        code, error, said = (each.strip() for each in line.split("|"))
+        assert (code, said) == ("1", "")
+        assert error.startswith("error: no room for artifact sha256-")
+        assert "in the store at store: the disk is full" in error
+    assert (lines[1], lines[3]) == ("0 False", "1 False" if kind == "tmpfs" else "0 False")
+    assert lines[4].startswith("0 |  | ")
+    assert lines[5] == "4 True"
+    assert lines[6].startswith("1 | error: topology.yaml cannot be written (")
+    assert lines[-2:] == ["4 True", "mine"]
 
 
 # ------------------------------------------------------------------------------------- serve
@@ -646,6 +704,7 @@ def test_share_says_which_weights_artifacts_have_in_common(tmp_path: Path) -> No
     assert {"aaaaaaaaaaaa", "bbbbbbbbbbbb"} <= set(words)
     assert "cccccccccccc" not in words
     assert "equal weights are stored once: 17 B saved" in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
     assert "topology.yaml: trunk" in result.output
     assert "p, q" in result.output
 
@@ -721,6 +780,8 @@ def test_split_says_so_when_models_have_nothing_in_common(family: Path) -> None:
         (["a:b", "--share", "--name", "p"], "--share goes with --blocks alone"),
         (["a:b"], "say how to split"),
         (["a:b", "-n", "2", "--every"], "say how to split"),
+        (["a:b", "--at", ""], "--at takes names of modules, such as layer2,layer3, not ''"),
+        (["a:b", "--at", "layer2,"], "--at takes names of modules"),
     ],
 )
 def test_split_refuses_options_that_do_not_fit(arguments: list[str], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import random
@@ -201,7 +202,9 @@ def test_the_cost_of_a_cut_point() -> None:
 
 
 def test_too_many_blocks_says_how_many_are_possible() -> None:
-    with pytest.raises(ModelRefused, match="model can be split into at most 10 blocks, not 11"):
+    with pytest.raises(
+        ModelRefused, match="cannot be split into 11 blocks, 10 is the most: between its"
+    ):
         split(traced(Small()), 11, "model")
     with pytest.raises(ModelRefused, match="1 is the least"):
         split(traced(Small()), 0, "model")
@@ -456,6 +459,33 @@ def test_outputs_of_a_dict_keep_their_keys(store: Store) -> None:
     assert torch.equal(found["minus"], x * 2 - 1)
 
 
+@dataclasses.dataclass
+class Scores:
+    high: Tensor
+    low: Tensor
+
+
+def test_outputs_of_a_dataclass_keep_their_names(store: Store) -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Scores:
+            y = x * 2
+            return Scores(high=y + 1, low=y - 1)
+
+    result = split_model(ModuleSource("both", Both(), (ROW,)), 2, store)
+    x = torch.randn(3, 6)
+    found = serve(store, [b.digest for b in result.blocks], x=x)
+    assert torch.equal(found["high"], x * 2 + 1)
+    assert torch.equal(found["low"], x * 2 - 1)
+
+
+def test_a_place_that_cannot_be_cut_is_named_with_the_reason() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    module = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    port = Port("input", "float32", ("batch", 3, 8, 8))
+    with pytest.raises(ModelRefused, match=r"behind conv2d, for one: .* or with channels last"):
+        split(traced(module, port), 2, "model")
+
+
 def test_a_fixed_batch_is_a_shape_like_any_other(store: Store) -> None:
     digests = check_equal(
         store, nn.Sequential(nn.ReLU(), nn.Tanh()), 2, Port("input", "float32", (4, 6))
@@ -523,6 +553,14 @@ class Numbers(nn.Module):
         return x * 2, 3
 
 
+class Opaque(nn.Module):
+    def forward(self, x: Tensor) -> object:
+        class Result:
+            value = x * 2
+
+        return Result()
+
+
 class Nothing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -547,6 +585,7 @@ class Nothing(nn.Module):
         (Picking(), r"what aten.nonzero.default returns depends on the data of its input"),
         (Mismatched(), r"line \d+ of test_split.py, .*must have same reduction dim"),
         (Numbers(), "returns 3 beside tensors"),
+        (Opaque(), "it returns a .*Result.*: return tensors, alone or in tuples"),
         (Nothing(), "computes nothing"),
     ],
 )

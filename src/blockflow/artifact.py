@@ -202,9 +202,9 @@ class Store:
                 write(draft)
                 stored = msgspec.structs.replace(manifest, files=_seal(draft))
                 _write_durably(draft / _MANIFEST, encode_manifest(stored))
+                final.parent.mkdir(exist_ok=True)
                 self._publish_tensors(draft)
                 _sync(draft)
-                final.parent.mkdir(exist_ok=True)
                 _sync(self.root)
                 try:
                     draft.rename(final)
@@ -257,12 +257,12 @@ class Store:
         new = draft / TENSORS
         if not new.exists():
             return
-        folders = set()
-        for path in new.iterdir():
-            final = self.root / TENSORS / path.name[:2] / path.name
-            final.parent.mkdir(parents=True, exist_ok=True)
+        finals = {path: self.root / TENSORS / path.name[:2] / path.name for path in new.iterdir()}
+        folders = {final.parent for final in finals.values()}
+        for folder in folders:  # all before the first file: a full disk shows here
+            folder.mkdir(parents=True, exist_ok=True)
+        for path, final in finals.items():
             path.replace(final)  # which another writer may have put there, with the same bytes
-            folders.add(final.parent)
         for folder in (*folders, self.root / TENSORS):
             _sync(folder)
         new.rmdir()

@@ -310,7 +310,8 @@ class Analysis:
                 if name is not None:
                     raise ModelRefused(
                         f"the model writes to its own {name!r} as it runs ({node.name}): a block "
-                        "has no memory between requests; put the model in eval mode"
+                        "has no memory between requests; put the model in eval mode, or take that "
+                        "state out of it"
                     )
 
     def _uses(self, node: fx.Node) -> int:
@@ -340,7 +341,10 @@ class Analysis:
         if not isinstance(value, Tensor):
             return f"{node.name} is alive there, which is no single tensor"
         if not self.shadow.in_rows(node):
-            return f"the tensor of {node.name} is alive there and does not lie row after row"
+            return (
+                f"the tensor of {node.name} is alive there and does not lie row after row, as "
+                "after a transpose or with channels last"
+            )
         try:
             port = port_of(node.name, value, self.batch)
         except ModelRefused as refusal:
@@ -406,7 +410,8 @@ def _refuse_training(program: ExportedProgram) -> None:
         if flag is not None and len(node.args) > flag and node.args[flag] is True:
             raise ModelRefused(
                 f"{node.name} runs in training mode, so answers would depend on chance or on "
-                "other requests: call eval() before the export"
+                "other requests: call eval() before the export; if its code trains whatever the "
+                "mode, change that"
             )
 
 

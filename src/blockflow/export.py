@@ -7,6 +7,7 @@ own source where it arose.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import io
 import linecache
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
 
 from blockflow.archive import first_line, log_captured
 from blockflow.artifact import BATCH, Port
@@ -44,6 +46,10 @@ def export(module: nn.Module, inputs: Sequence[Port]) -> ExportedProgram:
     else:
         args, kwargs = (), {name: examples[name] for name in names}
         dynamic = {name: shapes[name] for name in names}
+
+    def trace() -> ExportedProgram:
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+
     said = io.StringIO()
     try:
         with (
@@ -56,9 +62,13 @@ def export(module: nn.Module, inputs: Sequence[Port]) -> ExportedProgram:
         ):
             # Said of recurrent layers, which keep their weights in a list as well.
             warnings.filterwarnings("ignore", ".* assigned during export", UserWarning)
-            program = torch.export.export(
-                module, args, kwargs, dynamic_shapes=dynamic, strict=False
-            )
+            try:
+                program = trace()
+            except RuntimeError as error:
+                if _UNKNOWN_RESULT not in str(error):
+                    raise
+                _register_dataclasses(module(*args, **kwargs))
+                program = trace()
     except Exception as error:
         # torch.export reports what it cannot trace through a dozen unrelated types.
         raise ModelRefused(
@@ -66,6 +76,18 @@ def export(module: nn.Module, inputs: Sequence[Port]) -> ExportedProgram:
         ) from error
     sys.stderr.write(said.getvalue())
     return program
+
+
+_UNKNOWN_RESULT = "in output, which is not a known type"
+
+
+def _register_dataclasses(result: object) -> None:
+    """Tell torch what is in the dataclasses that a model returned, as their authors seldom do."""
+    for leaf in pytree.tree_leaves(result):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            torch.export.register_dataclass(type(leaf))
+            for field in dataclasses.fields(leaf):
+                _register_dataclasses(getattr(leaf, field.name))
 
 
 def example(port: Port, rows: int, seed: int = 0) -> Tensor:
@@ -176,6 +198,11 @@ _FIXED_BATCH = re.compile(
 
 def _reason(error: BaseException) -> str:
     line = first_line(error).partition(" (unhinted:")[0]
+    if _UNKNOWN_RESULT in line:
+        return (
+            f"it returns a {line.removeprefix('Found ').partition(' ' + _UNKNOWN_RESULT)[0]}: "
+            "return tensors, alone or in tuples, lists, dicts and dataclasses"
+        )
     if "data-dependent" in line:
         return (
             "the control flow depends on the data (an `if`, a loop or an index by a tensor's "

@@ -50,7 +50,7 @@ def output_nodes(program: ExportedProgram) -> list[fx.Node]:
         if output.kind is not OutputKind.USER_OUTPUT:
             raise ModelRefused(
                 f"the model writes to its own {output.target!r} as it runs: a block has no memory "
-                "between requests; put the model in eval mode"
+                "between requests; put the model in eval mode, or take that state out of it"
             )
     returned = program.graph.output_node().args[0]
     nodes = []
@@ -110,6 +110,12 @@ def port_of(name: str, value: Tensor, batch: object | None) -> Port:
             shape.append(size)
         elif index == 0 and size.node.expr == batch:
             shape.append(BATCH)
+        elif index == 0:
+            said = str(size).replace(str(batch), BATCH)
+            raise ModelRefused(
+                f"the first dimension of {name!r} is {said}, not the batch itself: rows of "
+                "different requests could not be told apart"
+            )
         else:
             raise ModelRefused(
                 f"dimension {index} of {name!r} changes from request to request ({size}): only "

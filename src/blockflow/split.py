@@ -235,9 +235,8 @@ def balanced_places(analysis: Analysis, blocks: int, name: str) -> list[int]:
     cuts = analysis.cuts()
     if blocks > len(cuts) + 1:
         raise ModelRefused(
-            f"{name} can be split into at most {len(cuts) + 1} blocks, not {blocks}: it has "
-            f"{len(cuts)} places where at most {MAX_TENSORS} tensors are alive, all contiguous, "
-            "and none overwritten later"
+            f"{name} cannot be split into {blocks} blocks, {len(cuts) + 1} is the most: "
+            f"{_why_so_few(analysis, len(cuts))}"
         )
     whole = sum(analysis.costs, Cost())
     rest = sum(analysis.costs[cuts[-1].place if cuts else 0 :], Cost())
@@ -250,6 +249,22 @@ def balanced_places(analysis: Analysis, blocks: int, name: str) -> list[int]:
         slack=SLACK,
     )
     return [cuts[index].place for index in chosen]
+
+
+def _why_so_few(analysis: Analysis, cuts: int) -> str:
+    """Where a program can be cut, with the first place where it cannot."""
+    places = range(1, len(analysis.body))
+    if not places:
+        return "it is a single operator"
+    said = f"between its {len(analysis.body)} operators it can be cut at {cuts} places"
+    for place in places:
+        crossing = len(analysis.live(place))
+        reason = analysis.obstacle(place)
+        if reason is None and crossing > MAX_TENSORS:
+            reason = f"{crossing} tensors are alive there, more than {MAX_TENSORS}"
+        if reason is not None:
+            return f"{said}; it cannot behind {analysis.body[place - 1].name}, for one: {reason}"
+    return said
 
 
 def _before(analysis: Analysis, modules: Sequence[str], name: str) -> list[int]:

@@ -88,6 +88,7 @@ def split(
         raise InvalidInput("--share goes with --blocks alone; pipelines are named after the models")
     if measure is not None and blocks is None:
         raise InvalidInput("--measure goes with --blocks: nothing else asks what a block costs")
+    modules = None if at is None else _module_names(at)
     if not share and sum((blocks is not None, at is not None, every)) != 1:
         raise InvalidInput("say how to split: --blocks N, --at MODULE,MODULE, or --every")
     _check_names(name or "model", device)
@@ -118,7 +119,7 @@ def split(
                 from blockflow.models import parse_input, resolve
                 from blockflow.split import AtModules, Everywhere, split_model, topology_for
 
-                where = blocks or (AtModules(tuple(at.split(","))) if at else Everywhere())
+                where = blocks or (AtModules(modules) if modules else Everywhere())
                 ports = [parse_input(each) for each in inputs or ()]
                 source = resolve(models[0], ports, seed=seed)
                 result = split_model(source, where, place, device=measure, progress=say)
@@ -327,6 +328,13 @@ def _progress(first: str) -> Iterator[Callable[[str], None]]:
     ) as progress:
         task = progress.add_task(escape(first), total=None)
         yield lambda step: progress.update(task, description=escape(step))
+
+
+def _module_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names:
+        raise InvalidInput(f"--at takes names of modules, such as layer2,layer3, not {text!r}")
+    return names
 
 
 def _check_names(pipeline: str, device: str) -> None:

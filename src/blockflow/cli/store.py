@@ -223,8 +223,8 @@ def share(
     )
     if saved:
         typer.echo(
-            "blocks that hold equal weights may compute the same: splitting their models together "
-            "(`blockflow split A B --share`) makes what is equal one block"
+            "they may compute the same: splitting their models together makes that one\n"
+            "block, see `blockflow split --help` under --share"
         )
 
 
