@@ -205,6 +205,8 @@ def test_conformance(how: How, run_dir: Path, other: Other) -> None:
             with pull.recv(timeout=20) as message:
                 assert torch.equal(message.tensors["x"].to(device), sent[received] * 2)
             received += 1
+        # A tensor that came through host memory is copied to the GPU behind the consumer's back.
+        assert loop.run_until(lambda: not pull.statistics()[0].leases, timeout=5)
         (taken,) = pull.statistics()
         assert (taken.producer, taken.carrier) == (process.pid, carrier)
         assert taken.doorbell is peer.statistics.doorbell
