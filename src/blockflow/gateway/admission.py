@@ -14,6 +14,7 @@ in CoDel (Nichols and Jacobson 2012). A burst that drains meets no bound but the
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 from blockflow.errors import Overloaded
@@ -33,6 +34,8 @@ _MEMORY = 2.0
 """Seconds after which what was seen of latencies and of pipelines' shares counts no more."""
 _WINDOW = 16
 """Answers after which the bound is moved."""
+_LONGEST_WINDOW = 64
+"""Answers from which the first bound is concluded, for a queue may stand for ever."""
 _NEARLY = 0.9
 """The mean must stay below the accepted slowdown for the slowest to be near it."""
 _NO_WORSE = 1.1
@@ -53,6 +56,8 @@ class Ticket:
     under_way: int
     """Requests under way when it came, itself included."""
     sequence: int
+    teaches: bool = True
+    """Its time says how long requests take; not so when many were let in that had waited."""
 
 
 @dataclass
@@ -90,8 +95,9 @@ class Admission:
         # By the magnitude of how many were under way: the slowdown, and when it was last seen.
         self._slowdowns: dict[int, tuple[float, float]] = {}
         self._standing_since: float | None = None
+        self._overflowed = False
         self._last_refusal = -math.inf
-        self._window: list[tuple[float, int]] = []
+        self._window: deque[tuple[float, int]] = deque(maxlen=_LONGEST_WINDOW)
         self._reached = False
         self._ceiling = math.inf
         self._patience = _FIRST_PATIENCE
@@ -116,6 +122,8 @@ class Admission:
             self._calm_down(now)
             if self.under_way < self.limit or self._is_light(pipeline, now):
                 return
+        else:
+            self._overflowed = True
         self._refuse(
             pipeline,
             now,
@@ -124,41 +132,48 @@ class Admission:
         )
 
     def admit(
-        self,
-        pipeline: PipelineName,
-        rows: int,
-        now: float,
-        left: float = math.inf,
-        *,
-        again: bool = False,
+        self, pipeline: PipelineName, rows: int, now: float, left: float = math.inf
     ) -> Ticket:
-        """Let a request in that is wanted within `left` seconds, or raise Overloaded.
-
-        One that was let in before and has to be sent `again` is not refused any more.
-        """
-        if not again:
-            self.check(pipeline, now)
-        expected = 0.0 if again else self.expected(pipeline, rows, now)
+        """Let a request in that is wanted within `left` seconds, or raise Overloaded."""
+        self.check(pipeline, now)
+        expected = self.expected(pipeline, rows, now)
         if expected > left:
             self._refuse(
                 pipeline,
                 now,
                 f"an answer would take {expected:.3g} s now, and this request has {left:.3g} s",
             )
+        return self._let_in(pipeline, rows, now, teaches=True)
+
+    def has_room(self, pipeline: PipelineName, now: float) -> bool:
+        """Whether one may go that was let in before, or has waited for a route.
+
+        Of the room, half is left to requests of pipelines that need not wait.
+        """
+        if self.under_way < max(1.0, self.limit / 2):
+            return True
+        return self.under_way < self.limit and self._is_light(pipeline, now)
+
+    def readmit(self, pipeline: PipelineName, rows: int, now: float) -> Ticket:
+        """Let a request in that has waited long enough: it is not refused any more."""
+        return self._let_in(pipeline, rows, now, teaches=False)
+
+    def _let_in(self, pipeline: PipelineName, rows: int, now: float, *, teaches: bool) -> Ticket:
         self.under_way += 1
         self._admissions += 1
         self._reached = self._reached or self.under_way >= math.floor(self.limit)
         share, seen = self._shares.get(pipeline, (0.0, now))
         self._shares[pipeline] = share * math.exp((seen - now) / _MEMORY) + 1, now
-        return Ticket(pipeline, rows, now, self.under_way, self._admissions)
+        return Ticket(pipeline, rows, now, self.under_way, self._admissions, teaches)
 
     def release(self, ticket: Ticket, now: float, *, answered: bool) -> None:
         """A request is no longer under way; only an answer teaches how long requests take."""
         self.under_way -= 1
-        if answered:
+        if answered and ticket.teaches:
             self._learn(ticket, now)
         if self.under_way < min(_STANDING, self._depth) - 1:
             self._standing_since = None
+            self._overflowed = False
         self._calm_down(now)
 
     def expected(self, pipeline: PipelineName, rows: int, now: float) -> float:
@@ -202,7 +217,8 @@ class Admission:
         if self._standing_since is None:
             self._standing_since = now
         self._window.append((slowdown, ticket.under_way))
-        if now - self._standing_since >= max(_INTERVAL, _INTERVAL_TIMES * unloaded.seconds):
+        interval = max(_INTERVAL, _INTERVAL_TIMES * unloaded.seconds)
+        if self._overflowed and now - self._standing_since >= interval:
             rate = sum(under_way / slower for slower, under_way in self._window)
             self._limit = max(FLOOR, self._slowdown * rate / len(self._window))
             self._ceiling = math.inf
@@ -254,6 +270,7 @@ class Admission:
         if now - self._last_refusal > max(_CALM_SECONDS, _CALM_TIMES * slowest):
             self._limit = None
             self._standing_since = None
+            self._overflowed = False
             self._window.clear()
 
     def _refuse(self, pipeline: PipelineName, now: float, why: str) -> None:

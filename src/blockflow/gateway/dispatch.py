@@ -32,6 +32,7 @@ from blockflow.errors import (
 )
 from blockflow.gateway.admission import Admission, Ticket
 from blockflow.gateway.http import ModelStatus
+from blockflow.gateway.line import Line
 from blockflow.protocol import (
     Hop,
     Incarnation,
@@ -44,7 +45,6 @@ from blockflow.protocol import (
 )
 from blockflow.topology import PipelineName
 from tensormq import Filling, Loop, Message, Peer, Pull, Push, Request, TensorMQError, slot_size
-from tensormq import Timeout as NoSlot
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,29 @@ class _Way:
     entries: tuple[_Entry, ...]
     takes: tuple[tuple[str, ...], ...]
     max_rows: int
-    under_way: set[int] = field(default_factory=set)
+    under_way: dict[int, _Pending] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The leave to go a way, with a ticket for each of its entries."""
+
+    way: _Way
+    tickets: tuple[Ticket, ...]
+
+    def give_back(self, *, answered: bool) -> None:
+        now = time.monotonic()
+        for entry, ticket in zip(self.way.entries, self.tickets, strict=True):
+            entry.admission.release(ticket, now, answered=answered)
+
+
+@dataclass(eq=False)
+class _Turn:
+    """A request in a line: it takes no route that is `broken`."""
+
+    rows: int
+    broken: RouteId | None
+    place: asyncio.Future[_Place]
 
 
 @dataclass
@@ -109,22 +131,29 @@ class _Counts:
 
 @dataclass
 class _Pending:
-    way: _Way
+    """A request in the blocks. It holds its place until they are done with it, wanted or not."""
+
+    place: _Place
     answer: asyncio.Future[oip.InferResult]
     outputs: dict[str, oip.TensorValue] = field(default_factory=dict)
     hops: dict[str, Hop] = field(default_factory=dict)
 
-    def add(self, part: _Part) -> None:
-        """Take what one block gave; the answer is there when that was the last part."""
+    @property
+    def given_up(self) -> bool:
+        """The client left, or the request's time ran out."""
+        return self.answer.cancelled()
+
+    def add(self, part: _Part) -> oip.InferResult | None:
+        """Take what one block gave, and give the answer if that was the last part of it."""
         self.outputs.update(part.outputs)
         self.hops.update((hop.block, hop) for hop in part.hops)
-        route = self.way.route
+        route = self.place.way.route
         if len(self.outputs) < len(route.outputs):
-            return
+            return None
         outputs = [self.outputs[port.name] for port in route.outputs]
         passed = [self.hops[step.block] for step in route.steps if step.block in self.hops]
         timings = [(hop.block, hop.compute_ms) for hop in passed]
-        self.answer.set_result(oip.InferResult(outputs, timings))
+        return oip.InferResult(outputs, timings)
 
 
 class BlockDispatcher:
@@ -145,7 +174,6 @@ class BlockDispatcher:
         slowdown: float,
         timeout: float,
     ) -> None:
-        self._depth = queue_depth
         self._timeout = timeout
         self._asyncio = asyncio.get_running_loop()
         self._models: dict[str, ModelStatus] | None = None
@@ -154,8 +182,8 @@ class BlockDispatcher:
         self._pending: dict[int, _Pending] = {}
         # Unique over gateways, because a ledger may name requests of one that is gone.
         self._ids = itertools.count((incarnation << 40) + 1)
-        self._waiting = 0
-        self._published = asyncio.Event()
+        # Of models that have requests waiting.
+        self._lines: dict[str, Line[_Turn]] = {}
         self._counts: dict[PipelineName, _Counts] = defaultdict(_Counts)
         self._settled = asyncio.Event()
         self._tensors = _TensorThread(
@@ -171,10 +199,13 @@ class BlockDispatcher:
 
     def check(self, model: str) -> None:
         """Raises Overloaded when a request to `model` would be refused whatever it holds."""
+        now = time.monotonic()
         route = self._routes.get(model)
-        if route is not None:
+        if model in self._lines:
+            self._lines[model].check(now)
+        elif route is not None:
             for entry in self._ways[route].entries:
-                entry.admission.check(PipelineName(model), time.monotonic())
+                entry.admission.check(PipelineName(model), now)
 
     async def infer(self, model: oip.ModelMetadata, request: oip.InferRequest) -> oip.InferResult:
         """Compute the answer, on another route if one breaks down under the request.
@@ -208,21 +239,11 @@ class BlockDispatcher:
         broken: RouteId | None = None
         deaths = 0
         for attempt in itertools.count(1):
-            way = await self._way(model.name, broken)
-            route = way.route
-            if (route.inputs, route.outputs) != (
-                model.inputs,
-                model.outputs,
-            ) or request.rows > way.max_rows:
-                # What the tensors mean was decided by a generation that is no more.
-                raise Unavailable(
-                    f"model {model.name!r} was replaced by one with other tensors or limits while "
-                    "the request was on its way; send it again"
-                )
+            place = await self._enter(model.name, request.rows, deadline, broken)
             try:
-                return await self._attempt(way, request, deadline, again=attempt > 1)
+                return await self._attempt(place, model, request, deadline)
             except _Stranded as stranded:
-                broken = way.route.id
+                broken = place.way.route.id
                 deaths += stranded.suspected
                 if deaths >= _DEATHS:
                     raise Poisonous(
@@ -232,55 +253,108 @@ class BlockDispatcher:
                     raise Unavailable(f"{stranded} (tried {attempt} times)") from None
         raise AssertionError("unreachable")
 
-    async def _way(self, model: str, broken: RouteId | None) -> _Way:
-        """The model's route, or the one that replaces the `broken` one, when it is there."""
-        if self._waiting >= self._depth:
-            raise Overloaded(f"{self._waiting} requests wait for a route; try again later")
-        self._waiting += 1
-        try:
-            while True:
-                route = self._routes.get(model)
-                if route is not None and route != broken:
-                    return self._ways[route]
-                status = self.models().get(model)
-                if status is None or not (status.ready or status.returning):
-                    why = status.reason if status is not None else "it was just removed"
-                    raise Unavailable(f"model {model!r} is not ready: {why}")
-                await self._published.wait()
-        finally:
-            self._waiting -= 1
+    async def _enter(
+        self, model: str, rows: int, deadline: float, broken: RouteId | None
+    ) -> _Place:
+        """A place on the model's route, or on the one that replaces the `broken` one.
 
-    async def _attempt(
-        self, way: _Way, request: oip.InferRequest, deadline: float, *, again: bool
-    ) -> oip.InferResult:
+        Waits in line while there is none; a request that need not wait may be refused instead.
+        """
         now = time.monotonic()
-        tickets: list[tuple[Admission, Ticket]] = []
+        route = self._routes.get(model)
+        line = self._lines.get(model)
+        if broken is None:
+            if line is not None:
+                line.check(now)
+            elif route is not None:
+                return self._admit(self._ways[route], rows, now, deadline - now)
+        if line is None:
+            line = self._lines[model] = Line(model, now)
+        turn = _Turn(rows, broken, self._asyncio.create_future())
+        line.join(turn)
+        self._advance(model)
+        try:
+            return await turn.place
+        except asyncio.CancelledError:
+            if turn.place.cancelled():
+                line.leave(turn)
+                self._advance(model)
+            elif turn.place.exception() is None:
+                self._give_back(turn.place.result(), answered=False)
+            raise
+
+    def _advance(self, model: str) -> None:
+        """Let those in a model's line go for whom there is a route and room."""
+        line = self._lines.get(model)
+        if line is None:
+            return
+        now = time.monotonic()
+        status = self.models().get(model)
+        if status is None or not (status.ready or status.returning):
+            why = status.reason if status is not None else "it was just removed"
+            for each in line:
+                if not each.place.done():
+                    each.place.set_exception(Unavailable(f"model {model!r} is not ready: {why}"))
+            del self._lines[model]
+            return
+        route = self._routes.get(model)
+        if route is None:
+            return
+        way = self._ways[route]
+        while True:
+            # Those for whom this is the broken route let the others pass.
+            able = (each for each in line if each.broken != route and not each.place.done())
+            turn = next(able, None)
+            if turn is None:
+                break
+            if not all(e.admission.has_room(way.route.pipeline, now) for e in way.entries):
+                return
+            line.leave(turn)
+            turn.place.set_result(self._admit(way, turn.rows, now))
+        if not line:
+            del self._lines[model]
+
+    def _admit(self, way: _Way, rows: int, now: float, left: float | None = None) -> _Place:
+        """Raises Overloaded when an answer is wanted within `left` seconds and there is no hope."""
+        tickets: list[Ticket] = []
         try:
             for entry in way.entries:
-                ticket = entry.admission.admit(
-                    way.route.pipeline, request.rows, now, deadline - now, again=again
-                )
-                tickets.append((entry.admission, ticket))
+                admission = entry.admission
+                if left is None:
+                    tickets.append(admission.readmit(way.route.pipeline, rows, now))
+                else:
+                    tickets.append(admission.admit(way.route.pipeline, rows, now, left))
         except Overloaded:
-            for admission, ticket in tickets:
-                admission.release(ticket, now, answered=False)
+            for entry, ticket in zip(way.entries, tickets, strict=False):
+                entry.admission.release(ticket, now, answered=False)
             raise
+        return _Place(way, tuple(tickets))
+
+    def _give_back(self, place: _Place, *, answered: bool) -> None:
+        place.give_back(answered=answered)
+        for model in tuple(self._lines):
+            self._advance(model)
+
+    async def _attempt(
+        self, place: _Place, model: oip.ModelMetadata, request: oip.InferRequest, deadline: float
+    ) -> oip.InferResult:
+        route = place.way.route
+        ours = (route.inputs, route.outputs) == (model.inputs, model.outputs)
+        if not ours or request.rows > place.way.max_rows:
+            self._give_back(place, answered=False)
+            # What the tensors mean was decided by a generation that is no more.
+            raise Unavailable(
+                f"model {model.name!r} was replaced by one with other tensors or limits while "
+                "the request was on its way; send it again"
+            )
         number = next(self._ids)
-        pending = _Pending(way, self._asyncio.create_future())
-        self._pending[number] = pending
-        way.under_way.add(number)
-        answered = False
+        pending = _Pending(place, self._asyncio.create_future())
+        self._pending[number] = place.way.under_way[number] = pending
+        envelope = Request(number, request.rows, deadline)
+        self._tensors.submit(place.way, request.inputs, envelope, lambda: not pending.given_up)
         try:
-            envelope = Request(number, request.rows, deadline)
-            self._tensors.submit(way, request.inputs, envelope)
-            result = await pending.answer
-            answered = True
-            return result
+            return await pending.answer
         finally:
-            del self._pending[number]
-            way.under_way.discard(number)
-            for admission, ticket in tickets:
-                admission.release(ticket, time.monotonic(), answered=answered)
             self._settled.set()
 
     # What the server orders
@@ -295,6 +369,8 @@ class BlockDispatcher:
         for route in routes:
             way = self._ways.pop(route, None)
             if way is not None:
+                for number in tuple(way.under_way):
+                    self._settle(number, Unavailable("its route was retired"))
                 used = {id(entry) for other in self._ways.values() for entry in other.entries}
                 unused = tuple(entry for entry in way.entries if id(entry) not in used)
                 await asyncio.wrap_future(self._tensors.retire(way.route, unused))
@@ -308,15 +384,22 @@ class BlockDispatcher:
             )
             for m in models
         }
+        before = self._routes
         self._routes = {m.metadata.name: m.route for m in models if m.route is not None}
-        self._published.set()
-        self._published = asyncio.Event()
+        now = time.monotonic()
+        for model, line in tuple(self._lines.items()):
+            if model in self._routes and model not in before:
+                line.resume(now)
+            elif model not in self._routes and model in before:
+                line.suspend(now)
+            self._advance(model)
 
     async def drain(self, routes: Iterable[RouteId], seconds: float) -> None:
         """Wait until nothing is under way on these routes; end what is after `seconds`."""
         ways = [self._ways[route] for route in routes if route in self._ways]
         end = self._asyncio.time() + seconds
-        while any(way.under_way for way in ways):
+        # What nobody waits for any more is no reason to wait.
+        while any(not each.given_up for way in ways for each in way.under_way.values()):
             self._settled.clear()
             try:
                 async with asyncio.timeout_at(end):
@@ -353,14 +436,37 @@ class BlockDispatcher:
     # What comes back
 
     def _settle(self, number: int, outcome: _Outcome) -> None:
-        """Answer a request, unless its client or its deadline was quicker."""
+        """The blocks are done with a request, or with a part of it: answer who still waits."""
         pending = self._pending.get(number)
-        if pending is None or pending.answer.done():
+        if pending is None:
             return
-        if isinstance(outcome, BlockFlowError | _Stranded):
-            pending.answer.set_exception(outcome)
-        else:
-            pending.add(outcome)
+        answer = pending.add(outcome) if isinstance(outcome, _Part) else outcome
+        if answer is None:
+            return
+        del self._pending[number], pending.place.way.under_way[number]
+        answered = isinstance(answer, oip.InferResult)
+        if not pending.given_up:
+            if isinstance(answer, oip.InferResult):
+                pending.answer.set_result(answer)
+            else:
+                pending.answer.set_exception(answer)
+        self._settled.set()
+        self._give_back(pending.place, answered=answered)
+
+
+@dataclass(frozen=True)
+class _Outgoing:
+    """What is to be sent as soon as there are slots for it, if it is still `wanted`."""
+
+    way: _Way
+    inputs: Mapping[str, oip.TensorValue]
+    request: Request
+    wanted: Callable[[], bool]
+
+    @property
+    def fits(self) -> bool:
+        """Whether all slots are free, or it will be found that a channel is lost."""
+        return all(e.push.free_slots > 0 or e.peer.lost is not None for e in self.way.entries)
 
 
 class _TensorThread:
@@ -386,26 +492,23 @@ class _TensorThread:
         self._entries: dict[str, _Entry] = {}
         self._routes: dict[RouteId, Route] = {}
         self._jobs: deque[Callable[[], None]] = deque()
+        self._outgoing: deque[_Outgoing] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="gateway tensors")
         self._thread.start()
 
     # Called from the event loop
 
-    def submit(self, way: _Way, inputs: Iterable[oip.TensorValue], request: Request) -> None:
+    def submit(
+        self,
+        way: _Way,
+        inputs: Iterable[oip.TensorValue],
+        request: Request,
+        wanted: Callable[[], bool],
+    ) -> None:
         """Write `inputs` into slots of the first blocks' channels and send them."""
-
-        def send() -> None:
-            try:
-                self._send(way, {tensor.name: tensor for tensor in inputs}, request)
-            except NoSlot:
-                # Requests whose clients left, or ran out of time, may still hold slots.
-                self._answer(request.id, Overloaded("every input slot is in use; try again later"))
-            except TensorMQError as error:
-                reason = f"the first block cannot be reached: {error}"
-                self._answer(request.id, _Stranded(reason))
-
-        self._loop.call_soon(send)
+        outgoing = _Outgoing(way, {tensor.name: tensor for tensor in inputs}, request, wanted)
+        self._loop.call_soon(lambda: self._outgoing.append(outgoing))
 
     def open(self, route: Route) -> Future[_Way]:
         """Open the channels to a route's first blocks, or find those that are open."""
@@ -442,6 +545,7 @@ class _TensorThread:
             self._loop.run_once()
             while self._jobs:
                 self._jobs.popleft()()
+            self._send_what_fits()
             while (message := self._pull.poll()) is not None:
                 with message:
                     self._deliver(message)
@@ -485,6 +589,23 @@ class _TensorThread:
         for entry in unused:
             del self._entries[entry.peer.endpoint]
             entry.push.close()
+
+    def _send_what_fits(self) -> None:
+        # Slots may be taken although fewer requests are under way than there are slots: an answer
+        # can overtake the release of its input, and what a broken route held is released late.
+        for _ in range(len(self._outgoing)):
+            outgoing = self._outgoing.popleft()
+            number = outgoing.request.id
+            if not outgoing.wanted():
+                self._answer(number, Unavailable("nobody waits for it any more"))
+            elif not outgoing.fits:
+                self._outgoing.append(outgoing)
+            else:
+                try:
+                    self._send(outgoing.way, outgoing.inputs, outgoing.request)
+                except TensorMQError as error:
+                    reason = f"the first block cannot be reached: {error}"
+                    self._answer(number, _Stranded(reason))
 
     def _send(self, way: _Way, inputs: Mapping[str, oip.TensorValue], request: Request) -> None:
         """Send all that is needed or nothing. Raises TensorMQError."""
