@@ -22,6 +22,9 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=5000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+from blockflow.artifact import Store
+from running import Mlp, store_model
+
 
 def _children() -> set[int]:
     return {p.pid for p in psutil.Process().children(recursive=True)}
@@ -84,3 +87,14 @@ def run_dir() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="bf-"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("store"), create=True)
+
+
+@pytest.fixture(scope="module")
+def mlp(store: Store) -> list[str]:
+    """The digests of `Mlp()` in three blocks."""
+    return store_model(store, Mlp(), 3)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,13 @@ from blockflow.artifact import Store
 from blockflow.client import ControlClient, InferenceClient
 from blockflow.edit import Conflict, StaleGeneration
 from blockflow.errors import BlockFlowError, DeadlineExceeded, InvalidInput, TopologyInvalid
+from operating import (
+    kill_during_updates,
+    kill_worker,
+    three_blocks,
+    twenty_updates,
+    what_serves,
+)
 from running import (
     Load,
     Mlp,
@@ -54,25 +59,9 @@ class Endless(nn.Module):
         return x + big.sum() * 0
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"), create=True)
-
-
-@pytest.fixture(scope="module")
-def mlp(store: Store) -> list[str]:
-    """The digests of `Mlp()` in three blocks."""
-    return store_model(store, Mlp(), 3)
-
-
 @pytest.fixture
 def base(store: Store, mlp: list[str]) -> dict[str, Any]:
-    return topology(store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}})
-
-
-def what_serves(server: Server) -> tuple[int, Mapping[str, Any]]:
-    current = server.control.topology()
-    return current["generation"], current["topology"]
+    return three_blocks(store.root, mlp)
 
 
 def follow(server: Server) -> list[dict[str, Any]]:
@@ -107,32 +96,7 @@ def test_twenty_updates_of_every_kind_under_load(
             got = server.inference.infer(pipeline, {"x": x})["output"]
             np.testing.assert_allclose(got, answer(model, x), atol=1e-5)
 
-        pieces = [f"other{number}" for number in range(3)]
-        moved = {**base, "blocks": {n: {**b, "worker": "w"} for n, b in base["blocks"].items()}}
-        add = [
-            lambda n=name, d=digest: control.deploy("block", n, {"artifact": d})  # type: ignore[misc]
-            for name, digest in zip(pieces, others, strict=True)
-        ]
-        steps: list[Callable[[], Any]] = [
-            *add,
-            lambda: control.deploy("pipeline", "b", {"blocks": pieces}),
-            lambda: control.configure("block", "two", {"max_batch": 4}),
-            lambda: control.configure("block", "two", {"max_batch": None}),
-            lambda: control.restart("two"),
-            lambda: control.configure("block", "one", {"worker": "together"}),
-            lambda: control.configure("block", "two", {"worker": "together"}),
-            lambda: control.restart("one"),
-            lambda: control.configure("block", "one", {"worker": None}),
-            lambda: control.configure("pipeline", "b", {"outputs": ["label"]}),
-            lambda: control.delete("pipeline", "b"),
-            control.rollback,
-            lambda: control.delete("block", "other1", cascade=True),
-            lambda: control.put_topology(moved),
-            control.rollback,
-            lambda: control.put_topology(base),
-            lambda: control.deploy("pipeline", "c", {"blocks": ["one", "two", "three"]}),
-            lambda: control.delete("pipeline", "c"),
-        ]
+        steps = twenty_updates(control, base, others)
         assert len(steps) == 20
         with Load(server, "a", Mlp()) as load, Load(server, "a", Mlp()) as other:
             for number, step in enumerate(steps):
@@ -177,9 +141,7 @@ def test_every_worker_is_killed_in_turn_under_load(base: dict[str, Any], directo
             for victim in ("one", "two", "three"):
                 good = load.good
                 wait_for(lambda good=good: load.good > good + 3, 10, "answers")  # type: ignore[misc]
-                os.kill(server.block(victim)["pid"], signal.SIGKILL)
-                wait_for(lambda: not server.control.ready(), 1, "not ready")
-                took = server.wait_ready(30)
+                took = kill_worker(server, victim)
                 print(f"{victim}: ready again after {took:.1f} s")  # noqa: T201 - a measurement
                 assert server.block(victim)["restarts"] == 1
         assert load.failures == other.failures == []
@@ -310,58 +272,11 @@ def test_a_generation_that_is_not_ready_in_time_is_rolled_back(
 
 
 def test_kill_9_during_updates_resumes_what_was_acknowledged(
-    store: Store, mlp: list[str], base: dict[str, Any], directory: Path
+    store: Store, mlp: list[str], directory: Path
 ) -> None:
-    """At random moments of updates that do and do not start workers."""
-    randomly = random.Random(2)
-    alone = topology(store.root, {"a": {"one": mlp[0]}})
-    wanted = [
-        {**alone, "pipelines": {**alone["pipelines"], "b": {"blocks": ["one"]}}},
-        topology(store.root, {"a": {"one": mlp[0]}}, one={"max_batch": 4}),
-        alone,
-        topology(store.root, {"a": {"one": mlp[0], "two": mlp[1]}}),
-    ]
-    server = Server(directory, alone)
-    try:
-        server.wait_ready()
-        acknowledged = what_serves(server)
-        for kill in range(KILLS):
-            tried: list[Any] = []
-
-            def update(server: Server = server, tried: list[Any] = tried) -> None:
-                nonlocal acknowledged
-                for each in wanted:
-                    tried.append(each)
-                    try:
-                        server.control.put_topology(each)
-                    except BlockFlowError:
-                        return
-                    acknowledged = what_serves(server)
-
-            thread = threading.Thread(target=update)
-            thread.start()
-            time.sleep(randomly.uniform(0, 3 if kill % 2 else 0.3))
-            server.process.kill()
-            server.process.wait()
-            thread.join()
-            server.control.close()
-            server.inference.close()
-
-            server = Server(directory, None)  # without a topology
-            server.wait_ready()
-            generation, found = what_serves(server)
-            # An update may have been decided, and the server killed before it could say so.
-            if generation != acknowledged[0]:
-                assert generation == acknowledged[0] + 1
-                assert set(found["pipelines"]) == set(tried[-1]["pipelines"])
-                assert set(found["blocks"]) == set(tried[-1]["blocks"])
-            else:
-                assert found == acknowledged[1]
-            x = some_rows()
-            assert server.inference.infer("a", {"x": x})
-            acknowledged = generation, found
-    finally:
-        server.close()
+    for outcomes in kill_during_updates(directory, store.root, mlp, KILLS):
+        print(outcomes)  # noqa: T201 - a measurement
+    assert outcomes.total() == KILLS
 
 
 def test_resuming_with_a_block_that_cannot_start_serves_the_others(

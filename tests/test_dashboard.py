@@ -271,11 +271,6 @@ def controller() -> FakeController:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"), create=True)
-
-
-@pytest.fixture(scope="module")
 def shared(store: Store) -> dict[str, Any]:
     """Two pipelines, `one` and `two`, that share the block `trunk`."""
     trunk, first = store_model(store, Mlp(seed=0), 2)

@@ -29,11 +29,6 @@ from test_graphs import (
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"), create=True)
-
-
 def test_on_a_gpu_no_byte_between_blocks_passes_the_host(store: Store, run_dir: Path) -> None:
     wanted, x, expected = four_blocks(store, "cuda:0")
     with Server(run_dir, wanted) as server:

@@ -21,11 +21,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(400)]
 NAMES = ("one", "two", "three", "four")
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"), create=True)
-
-
 @pytest.fixture
 def wanted(store: Store) -> dict[str, Any]:
     """`Mlp()` in three workers of cuda:0 under MPS, exact enough for `Load`."""

@@ -31,11 +31,6 @@ def path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"), create=True)
-
-
-@pytest.fixture(scope="module")
 def mlp(store: Store) -> list[str]:
     """The digests of `Mlp()` in two blocks."""
     return store_model(store, Mlp(), 2)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import NoReturn
 
 from blockflow.errors import Overloaded
 from blockflow.topology import PipelineName
@@ -116,6 +117,11 @@ class Admission:
     def overloaded(self) -> bool:
         return self._limit is not None
 
+    @property
+    def full(self) -> bool:
+        """As many are under way as may be, and not because of overload."""
+        return self._limit is None and self.under_way >= self._depth
+
     def check(self, pipeline: PipelineName, now: float) -> None:
         """Raises Overloaded when a request to `pipeline` would be refused, whatever it holds."""
         if self.under_way < self._depth:
@@ -145,18 +151,29 @@ class Admission:
             )
         return self._let_in(pipeline, rows, now, teaches=True)
 
+    def overflow(self, pipeline: PipelineName, now: float, waiting: int) -> NoReturn:
+        """Refuse a request that cannot even wait any more. Raises Overloaded."""
+        self._overflowed = True
+        self._refuse(
+            pipeline,
+            now,
+            f"{self.under_way} requests are under way through the first block of {pipeline}, and "
+            f"{waiting} wait before it",
+        )
+
     def has_room(self, pipeline: PipelineName, now: float) -> bool:
-        """Whether one may go that was let in before, or has waited for a route.
+        """Whether one may go that has waited. Half of the room is left to other pipelines."""
+        if self.under_way >= self.limit:
+            return False
+        shares = self._lately(now)
+        alone = not shares.keys() - {pipeline}
+        return alone or self.under_way < max(1.0, self.limit / 2) or self._is_light(pipeline, now)
 
-        Of the room, half is left to requests of pipelines that need not wait.
-        """
-        if self.under_way < max(1.0, self.limit / 2):
-            return True
-        return self.under_way < self.limit and self._is_light(pipeline, now)
-
-    def readmit(self, pipeline: PipelineName, rows: int, now: float) -> Ticket:
-        """Let a request in that has waited long enough: it is not refused any more."""
-        return self._let_in(pipeline, rows, now, teaches=False)
+    def readmit(
+        self, pipeline: PipelineName, rows: int, now: float, teaches: bool = False
+    ) -> Ticket:
+        """Let a request in that has waited: it is not refused any more."""
+        return self._let_in(pipeline, rows, now, teaches=teaches)
 
     def _let_in(self, pipeline: PipelineName, rows: int, now: float, *, teaches: bool) -> Ticket:
         self.under_way += 1
@@ -273,7 +290,7 @@ class Admission:
             self._overflowed = False
             self._window.clear()
 
-    def _refuse(self, pipeline: PipelineName, now: float, why: str) -> None:
+    def _refuse(self, pipeline: PipelineName, now: float, why: str) -> NoReturn:
         self._last_refusal = now
         self._reached = True
         share, seen = self._shares.get(pipeline, (0.0, now))
@@ -291,11 +308,16 @@ class Admission:
         """
         if self.under_way > self.limit:
             return False
+        lately = self._lately(now)
+        others = len({*lately, pipeline})
+        return others > 1 and lately.get(pipeline, 0.0) * others < sum(lately.values())
+
+    def _lately(self, now: float) -> dict[PipelineName, float]:
+        """What pipelines that came lately were let in."""
         lately = {
             name: share * math.exp((seen - now) / _MEMORY)
             for name, (share, seen) in self._shares.items()
             if seen > now - _MEMORY
         }
         self._shares = {name: self._shares[name] for name in lately}
-        others = len({*lately, pipeline})
-        return others > 1 and lately.get(pipeline, 0.0) * others < sum(lately.values())
+        return lately

@@ -199,13 +199,22 @@ class BlockDispatcher:
 
     def check(self, model: str) -> None:
         """Raises Overloaded when a request to `model` would be refused whatever it holds."""
-        now = time.monotonic()
+        self._has_to_wait(model, time.monotonic())
+
+    def _has_to_wait(self, model: str, now: float) -> bool:
+        """Whether a newcomer has to stand in line. Raises Overloaded when it may not even that."""
         route = self._routes.get(model)
-        if model in self._lines:
-            self._lines[model].check(now)
-        elif route is not None:
-            for entry in self._ways[route].entries:
-                entry.admission.check(PipelineName(model), now)
+        gates = () if route is None else tuple(e.admission for e in self._ways[route].entries)
+        line = self._lines.get(model)
+        if line is not None:
+            if not line.takes(now, overloaded=any(gate.overloaded for gate in gates)):
+                gates[0].overflow(PipelineName(model), now, len(line))
+            return True
+        if route is None or any(gate.full for gate in gates):
+            return True
+        for gate in gates:
+            gate.check(PipelineName(model), now)
+        return False
 
     async def infer(self, model: oip.ModelMetadata, request: oip.InferRequest) -> oip.InferResult:
         """Compute the answer, on another route if one breaks down under the request.
@@ -258,20 +267,18 @@ class BlockDispatcher:
     ) -> _Place:
         """A place on the model's route, or on the one that replaces the `broken` one.
 
-        Waits in line while there is none; a request that need not wait may be refused instead.
+        Waits in line where it has to. Raises Overloaded, Unavailable.
         """
         now = time.monotonic()
-        route = self._routes.get(model)
+        if broken is None and not self._has_to_wait(model, now):
+            return self._admit(self._ways[self._routes[model]], rows, now, deadline - now)
         line = self._lines.get(model)
-        if broken is None:
-            if line is not None:
-                line.check(now)
-            elif route is not None:
-                return self._admit(self._ways[route], rows, now, deadline - now)
         if line is None:
-            line = self._lines[model] = Line(model, now)
+            line = self._lines[model] = Line()
+        if self._routes.get(model) in (None, broken):
+            line.suspend(now)
         turn = _Turn(rows, broken, self._asyncio.create_future())
-        line.join(turn)
+        line.join(turn, now)
         self._advance(model)
         try:
             return await turn.place
@@ -307,28 +314,30 @@ class BlockDispatcher:
             turn = next(able, None)
             if turn is None:
                 break
+            line.resume(now)
             if not all(e.admission.has_room(way.route.pipeline, now) for e in way.entries):
                 return
             line.leave(turn)
-            turn.place.set_result(self._admit(way, turn.rows, now))
+            turn.place.set_result(self._readmit(way, turn.rows, now, not line.recovers(now)))
         if not line:
             del self._lines[model]
 
-    def _admit(self, way: _Way, rows: int, now: float, left: float | None = None) -> _Place:
+    def _admit(self, way: _Way, rows: int, now: float, left: float) -> _Place:
         """Raises Overloaded when an answer is wanted within `left` seconds and there is no hope."""
         tickets: list[Ticket] = []
         try:
-            for entry in way.entries:
-                admission = entry.admission
-                if left is None:
-                    tickets.append(admission.readmit(way.route.pipeline, rows, now))
-                else:
-                    tickets.append(admission.admit(way.route.pipeline, rows, now, left))
+            pipeline = way.route.pipeline
+            tickets.extend(e.admission.admit(pipeline, rows, now, left) for e in way.entries)
         except Overloaded:
             for entry, ticket in zip(way.entries, tickets, strict=False):
                 entry.admission.release(ticket, now, answered=False)
             raise
         return _Place(way, tuple(tickets))
+
+    def _readmit(self, way: _Way, rows: int, now: float, teaches: bool) -> _Place:
+        pipeline = way.route.pipeline
+        readmit = (each.admission.readmit(pipeline, rows, now, teaches) for each in way.entries)
+        return _Place(way, tuple(readmit))
 
     def _give_back(self, place: _Place, *, answered: bool) -> None:
         place.give_back(answered=answered)
@@ -384,13 +393,12 @@ class BlockDispatcher:
             )
             for m in models
         }
-        before = self._routes
         self._routes = {m.metadata.name: m.route for m in models if m.route is not None}
         now = time.monotonic()
         for model, line in tuple(self._lines.items()):
-            if model in self._routes and model not in before:
+            if model in self._routes:
                 line.resume(now)
-            elif model not in self._routes and model in before:
+            else:
                 line.suspend(now)
             self._advance(model)
 

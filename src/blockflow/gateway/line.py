@@ -1,9 +1,11 @@
-"""Requests of one pipeline that wait: for a route in place of a broken one, and then for room.
+"""Requests of one pipeline that wait, for a route in place of a broken one or for room before it.
 
-Pure: times come in, decisions go out. While there is no route everybody waits; their deadlines and
-the bound on the memory of bodies see to it that they are not too many. When there is one again,
-they go as there is room, and those who come meanwhile wait behind them rather than be refused. That
-has an end, or a pipeline that gets more than it can serve would keep its line for ever.
+Pure: times come in, decisions go out. A line is bounded by how long the first in it has waited (as
+in CoDel, Nichols and Jacobson 2012) and not by a count: a stall of a tenth of a second is more
+requests than a short queue has room for where each takes a millisecond. While there is no route
+everybody waits; their deadlines and the bound on the memory of bodies see to it that they are not
+too many. When there is one again, those who come meanwhile wait behind the others. That has an end,
+or a pipeline that gets more than it can serve would keep its line for ever.
 """
 
 from __future__ import annotations
@@ -12,26 +14,25 @@ import math
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from blockflow.errors import Overloaded
-
+_MOMENT = 0.5
+"""Seconds that the first may have waited, and still others join, where nothing has broken."""
 _LONGER = 4.0
-"""Newcomers may wait for so many times as long as there was no route. At half the capacity a line
+"""After a break, others may join for so many times as long as it took. At half the capacity a line
 is gone after as long as it took to grow; a process that has just started is slower at first."""
 _MORE = 2
-"""So many times as many may wait as when the route came."""
+"""And until there are so many times as many as when it ended."""
 
 T = TypeVar("T")
 
 
 class Line(Generic[T]):
-    """Who waits for a route of `model`, in the order of joining; the first joined at `since`."""
+    """Who waits, in the order of joining. Times are in seconds of one monotonic clock."""
 
-    def __init__(self, model: str, since: float) -> None:
-        self._model = model
-        self._since = since
-        self._waiting: dict[T, None] = {}
-        self._most = math.inf
-        self._until = math.inf
+    def __init__(self) -> None:
+        self._waiting: dict[T, float] = {}
+        self._broken_since: float | None = None
+        self._most = 0
+        self._until = -math.inf
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -39,27 +40,34 @@ class Line(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return iter(self._waiting)
 
-    def check(self, now: float) -> None:
-        """Raises Overloaded when a newcomer may not join."""
-        if len(self._waiting) >= self._most or now >= self._until:
-            raise Overloaded(
-                f"{len(self._waiting)} requests to {self._model} still wait since it was not "
-                "ready; try again later"
-            )
+    def recovers(self, now: float) -> bool:
+        """Whether they wait because a route broke, be it back or not."""
+        return self._broken_since is not None or now < self._until
 
-    def join(self, who: T) -> None:
-        self._waiting[who] = None
+    def takes(self, now: float, *, overloaded: bool) -> bool:
+        """Whether a newcomer may join; before blocks that are `overloaded`, only after a break."""
+        if self._broken_since is not None:
+            return True
+        if now < self._until:
+            return len(self._waiting) < self._most
+        first = next(iter(self._waiting.values()), now)
+        return not overloaded and now - first <= _MOMENT
+
+    def join(self, who: T, now: float) -> None:
+        self._waiting[who] = now
 
     def leave(self, who: T) -> None:
         """Does nothing when it has left before."""
         self._waiting.pop(who, None)
 
     def suspend(self, now: float) -> None:
-        """The route is gone, once more."""
-        self._since = now
-        self._most = self._until = math.inf
+        """There is no route; does nothing when that is known."""
+        if self._broken_since is None:
+            self._broken_since = now
 
     def resume(self, now: float) -> None:
-        """There is a route."""
-        self._most = _MORE * max(1, len(self._waiting))
-        self._until = now + _LONGER * (now - self._since)
+        """There is a route again; does nothing when there was one."""
+        if self._broken_since is not None:
+            self._most = _MORE * max(1, len(self._waiting))
+            self._until = now + _LONGER * (now - self._broken_since)
+            self._broken_since = None
