@@ -16,14 +16,14 @@ import psutil
 import pytest
 from hypothesis import settings
 
+from blockflow.artifact import Store
+from running import Mlp, store_model
+
 # The same examples in every run, however slow the machine; benchmarks/fuzz.py and
 # HYPOTHESIS_PROFILE=explore look for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=5000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-
-from blockflow.artifact import Store
-from running import Mlp, store_model
 
 
 def _children() -> set[int]:
