@@ -65,7 +65,7 @@ class ServeOptions(BaseModel):
     max_upload_bytes: int = Field(4 << 30, ge=1, description="largest artifact to take")
     request_timeout_s: float = Field(30, gt=0, description="time a request may take")
     queue_depth: int = Field(
-        32, ge=1, description="requests in flight per entry block before new ones are refused"
+        32, ge=1, description="requests under way through a first block; others wait or are refused"
     )
     max_slowdown: float = Field(
         2,
