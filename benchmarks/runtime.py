@@ -57,8 +57,9 @@ from blockflow.artifact import Store
 from blockflow.export import example
 from blockflow.models import resolve
 from blockflow.program import Chain, Program, load
-from blockflow.protocol import Route, RouteId, Step
+from blockflow.protocol import RouteId
 from blockflow.reconcile import BlockSpec
+from blockflow.routing import lay_route
 from blockflow.runner import Runner, prepare
 from blockflow.split import SplitResult, split_model
 from blockflow.supervisor import Child, Supervisor
@@ -165,34 +166,32 @@ class Deployed:
             for block in blocks.blocks
         ]
         endpoints = [f"ipc://{run_dir}/{number}.{index}.sock" for index in range(len(specs))]
-        self._children = [
-            control.start(
-                f"{name} {place}",
-                protocol.Load(
-                    str(blocks.store),
-                    tuple(specs[index] for index in members),
-                    tuple(endpoints[index] for index in members),
-                    (tuple(specs[index].name for index in members),) if fuse else (),
-                ),
+        loads = [
+            protocol.Load(
+                str(blocks.store),
+                tuple(specs[index] for index in members),
+                tuple(endpoints[index] for index in members),
+                (tuple(specs[index].name for index in members),) if fuse else (),
             )
-            for place, members in enumerate(workers)
+            for members in workers
+        ]
+        self._children = [
+            control.start(f"{name} {place}", load_) for place, load_ in enumerate(loads)
         ]
         manifests = [block.manifest for block in blocks.blocks]
         known = {spec.name: manifest for spec, manifest in zip(specs, manifests, strict=True)}
         wired, problems = wire(Pipeline(blocks=tuple(known)), known.get)
         if wired is None:
             raise RuntimeError(f"{name}: {'; '.join(problems)}")
-        self._route = Route(
-            id=RouteId(number),
-            pipeline=PipelineName(name.replace(" ", "-")),
-            steps=tuple(
-                Step(spec.name, endpoint, wired.feeds[spec.name], 1, known[spec.name].inputs)
-                for spec, endpoint in zip(specs, endpoints, strict=True)
-            )[: 1 if fuse else None],
-            results=f"ipc://{run_dir}/{number}.results.sock",
-            inputs=wired.inputs,
-            outputs=wired.outputs,
-            gives=wired.gives,
+        self._route = lay_route(
+            RouteId(number),
+            PipelineName(name.replace(" ", "-")),
+            wired,
+            {spec.name: spec for spec in specs},
+            {spec.digest: manifest for spec, manifest in zip(specs, manifests, strict=True)},
+            {spec.name: endpoint for spec, endpoint in zip(specs, endpoints, strict=True)},
+            [chain for load_ in loads for chain in load_.chains],
+            f"ipc://{run_dir}/{number}.results.sock",
         )
         self._input = manifests[0].inputs[0]
         self._loop = Loop()

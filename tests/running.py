@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -226,14 +227,27 @@ class Load:
         self._thread.join()
 
 
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Of convolutions and products alike: what loads a block of tf32 sets both for its process."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, was in zip(backends, before, strict=True):
+            backend.allow_tf32 = was
+
+
 def four_blocks(store: Store, device: str) -> tuple[dict[str, Any], Floats, Floats]:
     """A topology of ResNet-50 in four blocks, an input, and the whole network's answer to it."""
     source = models.resolve("resnet50")
     assert isinstance(source, models.ModuleSource)
     wanted = topology_for(split_model(source, 4, store), "resnet50", device=device)
     x = np.random.default_rng(0).standard_normal((2, 3, 224, 224), np.float32)
-    torch.backends.cudnn.allow_tf32 = False  # as blocks of precision fp32 have it
-    with torch.inference_mode():
+    with without_tf32(), torch.inference_mode():  # as blocks of precision fp32 have it
         whole = source.module.eval().to(device)
         expected = whole(torch.from_numpy(x).to(device)).cpu().numpy()
     return {**wanted.model_dump(exclude_none=True), "store": str(store.root)}, x, expected

@@ -314,7 +314,7 @@ def test_four_blocks_of_one_worker_are_replayed(tmp_path: Path, run_dir: Path, f
         server.wait_ready(240)
         for rows in (1, 2, 1, 2):
             got = server.inference.infer("resnet50", {"x": x[:rows]})["output"]
-            np.testing.assert_allclose(got, expected[:rows], atol=5e-3)
+            np.testing.assert_allclose(got, expected[:rows], atol=1e-3)
         blocks = server.control.blocks()
         assert len({block["pid"] for block in blocks}) == 1
         assert {(block["runner"], block["runner_reason"]) for block in blocks} == {

@@ -36,8 +36,9 @@ from blockflow.mps import DEVICE as MPS_DEVICE
 from blockflow.mps import Mps
 from blockflow.oip import ModelMetadata
 from blockflow.options import ServeOptions
-from blockflow.protocol import Route, RouteId, Step
+from blockflow.protocol import Route, RouteId
 from blockflow.reconcile import WorkerSpec
+from blockflow.routing import lay_route
 from blockflow.state import State
 from blockflow.status import (
     ApplyResult,
@@ -54,7 +55,6 @@ from blockflow.status import (
 )
 from blockflow.supervisor import Child, Patience, Supervisor
 from blockflow.topology import BlockName, Generation, PipelineName, Topology, WorkerName
-from blockflow.wiring import Source
 
 log = logging.getLogger(__name__)
 
@@ -717,48 +717,20 @@ class Controller:
             for worker in deployed.workers.values()
             for block in worker.spec.blocks
         }
-        workers = tuple(home[block] for block in wired.blocks)
+        workers = {home[block] for block in wired.blocks}
         if any(worker.state is not BlockState.READY for worker in workers):
             return None
-        # A chain is one step: it takes what its first block takes and gives what its last gives.
-        chains = [chain for worker in set(workers) for chain in worker.spec.chains]
-        head: dict[BlockName | None, BlockName] = {
-            block: chain[0] for chain in chains for block in chain
-        }
-        inner = {block for chain in chains for block in chain[1:]}
-        stops = [
-            (block, worker)
-            for block, worker in zip(wired.blocks, workers, strict=True)
-            if block not in inner
-        ]
-
-        def led(sources: Mapping[str, Source]) -> dict[str, Source]:
-            return {
-                name: msgspec.structs.replace(source, block=head.get(source.block, source.block))
-                for name, source in sources.items()
-            }
-
-        settings = deployed.topology.blocks
-        steps = tuple(
-            Step(
-                block,
-                worker.endpoints[block],
-                led(wired.feeds[block]),
-                settings[block].max_batch,
-                deployed.manifests[Digest(settings[block].artifact)].inputs,
-            )
-            for block, worker in stops
+        route = lay_route(
+            RouteId(next(self._route_ids)),
+            name,
+            wired,
+            {block.name: block for worker in workers for block in worker.spec.blocks},
+            deployed.manifests,
+            {block: endpoint for worker in workers for block, endpoint in worker.endpoints.items()},
+            [chain for worker in workers for chain in worker.spec.chains],
+            self._results,
         )
-        route = Route(
-            id=RouteId(next(self._route_ids)),
-            pipeline=name,
-            steps=steps,
-            results=self._results,
-            inputs=wired.inputs,
-            outputs=wired.outputs,
-            gives=led(wired.gives),
-        )
-        return _Road(route, tuple(worker for _, worker in stops))
+        return _Road(route, tuple(home[step.block] for step in route.steps))
 
     async def _tell(
         self,
