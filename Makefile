@@ -22,8 +22,9 @@ demo: setup  ## the main job: three tasks on one trunk, then ResNet-50 in four b
 test: setup browser  ## everything that can run on this machine
 	$(BIN)/pytest -m 'not gpu'
 
+GPU_TESTS ?= gpu and not two_gpus  # `gpu` where there are two
 test-gpu:  ## what needs an NVIDIA GPU; with the environment's own torch, for wheels differ
-	PYTHONPATH=src python3 -m pytest -m gpu tests/test_tensormq.py tests/test_program.py tests/test_devices.py tests/test_gpu_runner.py tests/test_gpu.py tests/test_gpu_mps.py
+	PYTHONPATH=src python3 -m pytest -m '$(GPU_TESTS)' tests/test_tensormq.py tests/test_program.py tests/test_devices.py tests/test_gpu_runner.py tests/test_gpu.py tests/test_gpu_mps.py
 
 # The page's tests drive a real browser. Without root and without one they fail and say so.
 browser:

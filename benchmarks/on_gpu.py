@@ -3,6 +3,8 @@
     python benchmarks/on_gpu.py --out /tmp/results
     python benchmarks/on_gpu.py --out /tmp/results --only tests,tests-mps,runtime
 
+`tests-two-gpus` needs two GPUs that reach each other's memory, all else one.
+
 A part that fails or takes longer than its limit does not keep the others from running. What each
 prints is in <part>.log, what it measured in JSON beside it; the end of a failed part's log is
 printed. Parts whose name ends in `-mps` run under a daemon of NVIDIA's MPS of their own, except the
@@ -24,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-_PYTEST = ("-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "--durations", "10")
+_PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations", "10", "-m")
 _TESTS = ("tensormq", "soak", "program", "devices", "gpu_runner", "gpu")
 _EXPERIMENTS = ("latency", "throughput", "energy", "vram", "sharing")
 _LAST_LINES = 40
@@ -57,10 +59,12 @@ def parts(device: str, out: Path, store: str, *, full: bool) -> list[Part]:
             for suffix in ("", "-mps")
         ]
 
+    tests = [f"tests/test_{name}.py" for name in _TESTS]
     quick = () if full else ("--quick",)
     return [
-        Part("tests", 400, (*_PYTEST, *(f"tests/test_{name}.py" for name in _TESTS))),
-        Part("tests-mps", 300, (*_PYTEST, "tests/test_gpu_mps.py")),
+        Part("tests", 400, (*_PYTEST, "gpu and not two_gpus", *tests)),
+        Part("tests-two-gpus", 300, (*_PYTEST, "two_gpus", *tests)),
+        Part("tests-mps", 300, (*_PYTEST, "gpu", "tests/test_gpu_mps.py")),
         *measured("runtime", 240, "--precision", "tf32", "--store", store),
         *measured("hop", 120),
         *measured("fanout", 120),

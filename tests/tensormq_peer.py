@@ -28,6 +28,8 @@ def busy_for_a_minute() -> None:
 
 def main() -> None:
     role, endpoint, reply, device, carrier, bell, directory = sys.argv[1:8]
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     loop = Loop()
     open_push = functools.partial(
         Push, device=device, loop=loop, carriers=[Carrier(carrier)], doorbell=Doorbell(bell)

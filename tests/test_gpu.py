@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,19 @@ from test_graphs import (
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_on_a_gpu_no_byte_between_blocks_passes_the_host(store: Store, run_dir: Path) -> None:
+@pytest.mark.parametrize(
+    "devices",
+    [
+        pytest.param(["cuda:0"], id="one"),
+        pytest.param(["cuda:0", "cuda:1"], id="two", marks=pytest.mark.two_gpus),
+    ],
+)
+def test_on_gpus_no_byte_between_blocks_passes_the_host(
+    store: Store, run_dir: Path, devices: Sequence[str]
+) -> None:
     wanted, x, expected = four_blocks(store, "cuda:0")
+    for block, device in zip(wanted["blocks"].values(), itertools.cycle(devices), strict=False):
+        block["device"] = device
     with Server(run_dir, wanted) as server:
         server.wait_ready(180)
         for _ in range(20):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -41,17 +43,26 @@ PEER = Path(__file__).with_name("tensormq_peer.py")
 
 
 class How(NamedTuple):
-    """By which carrier, doorbell and transport tensors of which device go."""
+    """By which carrier, doorbell and transport tensors of which device go.
+
+    `elsewhere` is the device of the other process, where it is another.
+    """
 
     carrier: Carrier
     device: str = "cpu"
     doorbell: Doorbell = Doorbell.RING
     tcp: bool = False
+    elsewhere: str | None = None
 
     def endpoint(self, run_dir: Path) -> str:
         return "tcp://127.0.0.1:*" if self.tcp else f"ipc://{run_dir}/{time.monotonic_ns()}"
 
 
+PEER_GPU = pytest.param(
+    How(Carrier.CUDA_IPC, "cuda:0", elsewhere="cuda:1"),
+    id="cuda_ipc-of-a-peer-gpu",
+    marks=[pytest.mark.gpu, pytest.mark.two_gpus],
+)
 HOWS = pytest.mark.parametrize(
     "how",
     [
@@ -69,6 +80,7 @@ HOWS = pytest.mark.parametrize(
                 "inline-tcp-of-a-gpu": How(Carrier.INLINE, "cuda:0", tcp=True),
             }.items()
         ),
+        PEER_GPU,
     ],
 )
 DTYPES = ["float32", "float16", "bfloat16", "int64", "uint8", "bool", "complex64"]
@@ -89,7 +101,8 @@ class Other:
         process = subprocess.Popen(
             [
                 *(sys.executable, PEER, role, endpoint or self.how.endpoint(self._run_dir), reply),
-                *(self.how.device, self.how.carrier, self.how.doorbell),
+                self.how.elsewhere or self.how.device,
+                *(self.how.carrier, self.how.doorbell),
                 str(self._keys) if self.how.tcp else "-",
             ],
             stdout=subprocess.PIPE,
@@ -160,7 +173,7 @@ def tensor_of(dtype: str, device: str) -> torch.Tensor:
 @HOWS
 def test_conformance(how: How, run_dir: Path, other: Other) -> None:
     """Every dtype, several tensors, odd shapes, metadata, back-pressure, to a process and back."""
-    carrier, device, doorbell, _ = how
+    carrier, device, doorbell = how.carrier, how.device, how.doorbell
     with (
         Loop() as loop,
         other.pull(loop) as pull,
@@ -424,7 +437,9 @@ def test_what_a_killed_producer_sent_stays_whole(how: How, other: Other) -> None
             assert message.tensors["n"][0].item() == 1.0
 
 
-ON_A_GPU = pytest.mark.parametrize("how", [How(Carrier.CUDA_IPC, "cuda:0")], ids=["cuda_ipc"])
+ON_A_GPU = pytest.mark.parametrize(
+    "how", [pytest.param(How(Carrier.CUDA_IPC, "cuda:0"), id="cuda_ipc"), PEER_GPU]
+)
 
 
 @pytest.mark.gpu
@@ -524,6 +539,29 @@ def test_no_common_carrier(run_dir: Path) -> None:
         pytest.raises(NegotiationError, match="shm: the producer does not do it"),
     ):
         push.connect(pull.endpoint)
+
+
+def test_what_cannot_be_shared_falls_back_with_one_line_of_why(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tensormq")
+    with (
+        Loop() as loop,
+        Pull(f"ipc://{run_dir}/a.sock", loop=loop) as pull,
+        Push(slot_bytes=256, loop=loop) as push,
+    ):
+        push.connect(pull.endpoint)
+        assert not caplog.messages  # nothing better than shm was in question
+        process = push._abilities.process
+        far = msgspec.structs.replace(process.host, pid_namespace="pid:[of another container]")
+        push._abilities = msgspec.structs.replace(
+            push._abilities, process=msgspec.structs.replace(process, host=far)
+        )
+        assert push.connect(pull.endpoint).statistics.carrier is Carrier.INLINE
+        (line,) = caplog.messages
+        assert line.startswith(f"{pull.endpoint} is reached by inline (shm: the ends are on")
+        push.connect(pull.endpoint, carriers=[Carrier.INLINE])  # it gets what it asks for
+        assert len(caplog.messages) == 1
 
 
 def test_a_consumer_that_leaves_is_noticed(ends: tuple[Pull, Push, Peer]) -> None:

@@ -117,11 +117,16 @@ def test_tensors_are_laid_out_aligned_and_within_the_slot() -> None:
 
 def test_carriers_are_chosen_best_first() -> None:
     gpu = abilities(1, gpu="GPU-a")
-    assert wire.candidates(gpu, abilities(2, gpu="GPU-a")) == (EVERY, ())
+    assert wire.candidates(gpu, abilities(2, gpu="GPU-a")) == (EVERY, {})
     carriers, reasons = wire.candidates(gpu, abilities(2, gpu="GPU-b"))
     assert carriers == (wire.Carrier.SHM, wire.Carrier.INLINE)
-    assert "different GPUs" in reasons[0]
-    assert "exported it" in wire.candidates(gpu, abilities(1, gpu="GPU-a"))[1][0]
+    assert "(GPU-b) cannot reach the producer's (GPU-a)" in reasons[wire.Carrier.CUDA_IPC]
+    near = msgspec.structs.replace(abilities(2, gpu="GPU-b"), reaches=("GPU-c", "GPU-a"))
+    assert wire.candidates(gpu, near) == (EVERY, {})
+    # It is the consumer's GPU that reads and writes the producer's memory.
+    assert wire.Carrier.CUDA_IPC not in wire.candidates(near, gpu)[0]
+    same = wire.candidates(gpu, abilities(1, gpu="GPU-a"))[1]
+    assert "exported it" in same[wire.Carrier.CUDA_IPC]
     elsewhere = wire.Abilities(wire.Process(wire.Host("other", "pid:[1]", 1000), 2, 1), EVERY)
     assert wire.candidates(abilities(1), elsewhere)[0] == (wire.Carrier.INLINE,)
     assert wire.candidates(abilities(1, wire.Carrier.SHM), elsewhere)[0] == ()

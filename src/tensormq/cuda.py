@@ -70,10 +70,18 @@ def gpu_uuid(device: str) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _stream(device: torch.device) -> int:
-    """The current stream's handle, without the object that torch would make for it."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(torch._C._cuda_getCurrentRawStream(index))
+def within_reach(device: str) -> tuple[str, ...]:
+    """UUIDs of the other GPUs that this process sees whose memory `device` can access."""
+    mine = _index(torch.device(device))
+    return tuple(
+        gpu_uuid(f"cuda:{other}")
+        for other in range(torch.cuda.device_count())
+        if other != mine and torch.cuda.can_device_access_peer(mine, other)
+    )
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 class _Memory:
@@ -95,6 +103,17 @@ def _as_bytes(pointer: int, size: int, device: torch.device) -> torch.Tensor:
         return torch.as_tensor(_Memory(pointer, size), device=device)
 
 
+def _as_bytes_of_peer(pointer: int, size: int, device: torch.device) -> torch.Tensor:
+    """uint8[size] over another GPU's memory, for kernels that run on `device`.
+
+    `_as_bytes` would ask the driver where the memory lies, and make a copy of what lies elsewhere.
+    """
+    with torch.inference_mode(False):
+        here = torch.device("cuda", _index(device))
+        storage = torch._C._construct_storage_from_data_pointer(pointer, here, size)
+        return torch.empty(0, dtype=torch.uint8, device=here).set_(storage)
+
+
 def _view(memory: torch.Tensor, spec: wire.TensorSpec, base: int) -> torch.Tensor:
     start = base + spec.offset
     # Views are kept: one that was made in inference mode could not be written to outside of it.
@@ -104,17 +123,29 @@ def _view(memory: torch.Tensor, spec: wire.TensorSpec, base: int) -> torch.Tenso
 
 
 class _Words:
-    """64-bit words on the GPU, one for each slot, that streams write and wait for."""
+    """64-bit words on a GPU, one for each slot, that the streams of `device` write and wait for."""
 
-    def __init__(self, pointer: int, slots: int) -> None:
+    def __init__(self, pointer: int, slots: int, device: torch.device) -> None:
         self._addresses = [pointer + _WORD * slot for slot in range(slots)]
+        self._index = _index(device)
 
-    def write(self, stream: int, slot: int, value: int) -> None:
-        _checked(driver.cuStreamWriteValue64(stream, self._addresses[slot], value, _WRITE))
+    def write(self, slot: int, value: int) -> None:
+        """The current stream writes `value` after what it was given so far."""
+        self._give(driver.cuStreamWriteValue64, slot, value, _WRITE)
 
-    def wait(self, stream: int, slot: int, value: int) -> None:
-        """What `stream` is given from here on begins when the word is `value` or greater."""
-        _checked(driver.cuStreamWaitValue64(stream, self._addresses[slot], value, _WAIT_GEQ))
+    def wait(self, slot: int, value: int) -> None:
+        """What the current stream is given from here on begins when the word is `value` or more."""
+        self._give(driver.cuStreamWaitValue64, slot, value, _WAIT_GEQ)
+
+    def _give(self, operation: Callable[..., Any], slot: int, value: int, how: int) -> None:
+        # The handle, without the object that torch would make for it.
+        stream = int(torch._C._cuda_getCurrentRawStream(self._index))
+        if stream or torch.cuda.current_device() == self._index:
+            _checked(operation(stream, self._addresses[slot], value, how))
+        else:
+            # Every device calls its default stream 0: the driver takes that of the current one.
+            with torch.cuda.device(self._index):
+                _checked(operation(stream, self._addresses[slot], value, how))
 
     def fill(self, side: _Side, value: int) -> None:
         """Write all words, whatever the streams are waiting for; done when it returns."""
@@ -124,6 +155,10 @@ class _Words:
     def put(self, side: _Side, slot: int, value: int) -> None:
         """As `fill`, for one word."""
         side.copy_in(self._addresses[slot], (ctypes.c_int64 * 1)(value))
+
+    def probe(self, side: _Side) -> None:
+        """Try whether a stream can write a word and wait for it. Raises TensorMQError."""
+        side.probe(self._addresses[0])
 
     def read(self, side: _Side) -> list[int]:
         found = (ctypes.c_int64 * len(self._addresses))()
@@ -152,6 +187,12 @@ class _Side:
     def copy_out(self, words: ctypes.Array[ctypes.c_int64], address: int) -> None:
         kind = rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._copy(ctypes.addressof(words), address, ctypes.sizeof(words), kind)
+
+    def probe(self, address: int) -> None:
+        with torch.cuda.device(self._device):
+            _checked(driver.cuStreamWriteValue64(self._stream, address, 1, _WRITE))
+            _checked(driver.cuStreamWaitValue64(self._stream, address, 1, _WAIT_GEQ))
+            _checked(rt.cudaStreamSynchronize(self._stream))
 
     def _copy(self, to: int, source: int, size: int, kind: rt.cudaMemcpyKind) -> None:
         with torch.cuda.device(self._device):
@@ -185,9 +226,10 @@ class DeviceSlab:
             torch.cuda.synchronize(self._device)
         self._side = _Side(self._device)
         first = self._pointer + wire.HEADER_BYTES
-        self._filled = _Words(first, slots)
+        self._filled = _Words(first, slots, self._device)
         self._all_emptied = [
-            _Words(first + _WORD * slots * (1 + index), slots) for index in range(wire.CONSUMERS)
+            _Words(first + _WORD * slots * (1 + index), slots, self._device)
+            for index in range(wire.CONSUMERS)
         ]
         self._next = 0
         self._consumers: dict[object, int] = {}
@@ -226,12 +268,10 @@ class DeviceSlab:
     def reuse(self, slot: int) -> None:
         """What the current stream writes to `slot` from here on waits for its last use."""
         sequence, holders = self._last[slot]
-        if holders:
-            stream = _stream(self._device)
-            for peer in holders:
-                words = self._emptied.get(peer)
-                if words is not None:  # a peer that died uses nothing any more
-                    words.wait(stream, slot, sequence)
+        for peer in holders:
+            words = self._emptied.get(peer)
+            if words is not None:  # a peer that died uses nothing any more
+                words.wait(slot, sequence)
 
     def view(self, slot: int, spec: wire.TensorSpec) -> torch.Tensor:
         return _view(self._memory, spec, self._base + slot * self._slot_bytes)
@@ -239,7 +279,7 @@ class DeviceSlab:
     def publish(self, slot: int, sequence: int, holders: Iterable[object]) -> None:
         """All that the current stream has been given so far belongs to the slot's content."""
         self._sequence = sequence
-        self._filled.write(_stream(self._device), slot, sequence)
+        self._filled.write(slot, sequence)
         self._last[slot] = sequence, tuple(holders)
 
     def close(self) -> None:
@@ -254,10 +294,20 @@ class DeviceSlab:
 
 
 class DeviceMapping:
-    """The consumer's view of a DeviceSlab. Raises NegotiationError when it cannot be had."""
+    """The consumer's view of a DeviceSlab. Raises NegotiationError when it cannot be had.
+
+    elsewhere: the slab lies on another GPU than `device`, which reads and writes it from there.
+    """
 
     def __init__(
-        self, nonce: int, offer: wire.DeviceSlab, slots: int, slot_bytes: int, device: str
+        self,
+        nonce: int,
+        offer: wire.DeviceSlab,
+        slots: int,
+        slot_bytes: int,
+        device: str,
+        *,
+        elsewhere: bool,
     ) -> None:
         self._device = torch.device(device)
         self._slot_bytes = slot_bytes
@@ -270,26 +320,35 @@ class DeviceMapping:
                 self._pointer = int(_checked(rt.cudaIpcOpenMemHandle(handle, _LAZY_PEER_ACCESS)))
             except TensorMQError as error:
                 raise NegotiationError(f"cannot open the producer's GPU memory: {error}") from None
-            self._memory = _as_bytes(self._pointer, offer.size, self._device)
+            view = _as_bytes_of_peer if elsewhere else _as_bytes
+            self._memory = view(self._pointer, offer.size, self._device)
             found = bytes(self._memory[: wire.NONCE_BYTES].tolist())
         self._side = _Side(self._device)
         first = self._pointer + wire.HEADER_BYTES
-        self._filled = _Words(first, slots)
-        self._emptied = _Words(first + _WORD * slots * (1 + offer.consumer), slots)
+        self._filled = _Words(first, slots, self._device)
+        self._emptied = _Words(first + _WORD * slots * (1 + offer.consumer), slots, self._device)
         if found != nonce.to_bytes(wire.NONCE_BYTES, "little"):
             self.close()
             raise NegotiationError("the producer's GPU memory does not hold this channel's nonce")
+        try:
+            # Nobody waits for these words before this end has said welcome.
+            self._emptied.probe(self._side)
+        except TensorMQError as error:
+            self.close()
+            raise NegotiationError(
+                f"streams cannot wait for words in the producer's GPU memory: {error}"
+            ) from None
 
     def expect(self, slot: int, sequence: int) -> None:
         """What the current stream reads from `slot` from here on waits for its content."""
-        self._filled.wait(_stream(self._device), slot, sequence)
+        self._filled.wait(slot, sequence)
 
     def view(self, slot: int, spec: wire.TensorSpec) -> torch.Tensor:
         return _view(self._memory, spec, self._base + slot * self._slot_bytes)
 
     def release(self, slot: int, sequence: int) -> None:
         """The current stream's work so far was the last use of this slot."""
-        self._emptied.write(_stream(self._device), slot, sequence)
+        self._emptied.write(slot, sequence)
 
     def filled(self) -> list[int]:
         """For each slot the sequence number of the last message whose content is complete."""

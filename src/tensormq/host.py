@@ -35,21 +35,22 @@ _BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
 def abilities(device: str | None, carriers: Sequence[wire.Carrier] | None) -> wire.Abilities:
     """What an end of this process can do whose tensors live on `device`."""
-    gpu = None
+    gpu: str | None = None
+    reaches: tuple[str, ...] = ()
     possible: tuple[wire.Carrier, ...] = (wire.Carrier.SHM, wire.Carrier.INLINE)
     if device is not None and device.startswith("cuda"):
         try:
-            from .cuda import gpu_uuid  # noqa: PLC0415 - loads torch and CUDA
+            from .cuda import gpu_uuid, within_reach  # noqa: PLC0415 - loads torch and CUDA
         except ImportError as error:
             raise UnsupportedTensor(
                 f"tensors on {device} need torch and cuda-bindings ({error}); "
                 "install them with `pip install 'blockflow[cuda]'`"
             ) from None
 
-        gpu = gpu_uuid(device)
+        gpu, reaches = gpu_uuid(device), within_reach(device)
         possible = tuple(wire.Carrier)
     allowed = tuple(c for c in possible if carriers is None or c in carriers)
-    return wire.Abilities(this_process(), allowed, gpu)
+    return wire.Abilities(this_process(), allowed, gpu, reaches)
 
 
 def numpy_view(memory: memoryview, spec: wire.TensorSpec, base: int) -> np.ndarray[Any, Any]:

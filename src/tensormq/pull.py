@@ -135,7 +135,7 @@ class _Channel:
                 _expect(slab.size, wire.device_slab_size(offer.slots, offer.slot_bytes))
                 if not 0 <= slab.consumer < wire.CONSUMERS:
                     raise NegotiationError(f"there is no consumer {slab.consumer} of a slab")
-                self._device = self.pull._open(offer, slab)
+                self._device = self.pull._open(offer, slab, self.abilities.gpu)
                 self._views = host.Views(self._device.view, numpy=False)
             case wire.NoSlab() if offer.carrier is Carrier.INLINE:
                 largest = self.pull._max_slot_bytes
@@ -580,10 +580,17 @@ class Pull:
 
         return PinnedMemory(memory)
 
-    def _open(self, offer: wire.Offer, slab: wire.DeviceSlab) -> DeviceMapping:
+    def _open(self, offer: wire.Offer, slab: wire.DeviceSlab, gpu: str | None) -> DeviceMapping:
         from .cuda import DeviceMapping  # noqa: PLC0415
 
-        return DeviceMapping(offer.nonce, slab, offer.slots, offer.slot_bytes, str(self._device))
+        return DeviceMapping(
+            offer.nonce,
+            slab,
+            offer.slots,
+            offer.slot_bytes,
+            str(self._device),
+            elsewhere=gpu != self._abilities.gpu,
+        )
 
     def _after_gpu(self, callback: Callable[[], None]) -> None:
         if self._completions is None:

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -212,8 +212,7 @@ class Push:
             if peer._pidfd is None:
                 raise EndpointError(f"the process behind {peer.endpoint} has ended")
             self._loop.watch(peer._pidfd, lambda: self._lose(peer, "its process ended"))
-        carriers, reasons = wire.candidates(mine, card.abilities)
-        obstacles = list(reasons)
+        carriers, obstacles = wire.candidates(mine, card.abilities)
         for carrier in carriers:
             if allowed is not None and carrier not in allowed:
                 continue
@@ -238,13 +237,14 @@ class Push:
                     self._open(peer, rings.line(card.abilities.process, answer.bell))
             if isinstance(answer, wire.Welcome):
                 self._admit(peer, lane, offer)
-                if obstacles and carrier is Carrier.INLINE and not remote:
-                    log.info("%s is reached inline (%s)", peer.endpoint, "; ".join(obstacles))
+                hoped = set(mine.carriers) & set(card.abilities.carriers) & set(allowed or Carrier)
+                if better := _listed(obstacles, hoped):
+                    log.info("%s is reached by %s (%s)", peer.endpoint, carrier, better)
                 return
             if isinstance(answer, wire.Decline):
-                obstacles.append(f"{carrier}: {answer.reason}")
+                obstacles[carrier] = answer.reason
         raise NegotiationError(
-            f"no carrier to {peer.endpoint}: " + ("; ".join(obstacles) or "none is allowed")
+            f"no carrier to {peer.endpoint}: " + (_listed(obstacles) or "none is allowed")
         )
 
     def _open(self, peer: Peer, line: Line) -> None:
@@ -706,6 +706,10 @@ def _peers(to: Peer | Sequence[Peer]) -> Sequence[Peer]:
     if not peers:
         raise ValueError("a message needs at least one peer to go to")
     return peers
+
+
+def _listed(obstacles: Mapping[Carrier, str], among: Collection[Carrier] = tuple(Carrier)) -> str:
+    return "; ".join(f"{each}: {reason}" for each, reason in obstacles.items() if each in among)
 
 
 def _host_slab(lane: _Lane) -> host.HostSlab | host.InlineSlab:

@@ -129,11 +129,16 @@ class Process(_Frozen, frozen=True):
 
 
 class Abilities(_Frozen, frozen=True):
-    """What one end can do; `gpu` is the UUID of the device its tensors live on, if any."""
+    """What one end can do.
+
+    `gpu` is the UUID of the device its tensors live on, if any; `reaches` are those of other GPUs
+    whose memory that device can read and write.
+    """
 
     process: Process
     carriers: tuple[Carrier, ...]
     gpu: str | None = None
+    reaches: tuple[str, ...] = ()
 
     def over_tcp(self) -> Abilities:
         """What is left of them where nothing that a peer says of its process can be believed."""
@@ -375,17 +380,11 @@ def check_descriptor(message: Deliver, slots: int) -> None:
 
 def candidates(
     producer: Abilities, consumer: Abilities
-) -> tuple[tuple[Carrier, ...], tuple[str, ...]]:
-    """Carriers to try, best first, and for each better one that was ruled out the reason."""
-    possible: list[Carrier] = []
-    reasons: list[str] = []
-    for carrier in Carrier:
-        reason = _obstacle(carrier, producer, consumer)
-        if reason is None:
-            possible.append(carrier)
-        else:
-            reasons.append(f"{carrier}: {reason}")
-    return tuple(possible), tuple(reasons)
+) -> tuple[tuple[Carrier, ...], dict[Carrier, str]]:
+    """Carriers to try, best first, and for each that is ruled out the reason."""
+    obstacles = {carrier: _obstacle(carrier, producer, consumer) for carrier in Carrier}
+    possible = tuple(carrier for carrier, reason in obstacles.items() if reason is None)
+    return possible, {carrier: reason for carrier, reason in obstacles.items() if reason}
 
 
 def _obstacle(carrier: Carrier, producer: Abilities, consumer: Abilities) -> str | None:
@@ -397,8 +396,10 @@ def _obstacle(carrier: Carrier, producer: Abilities, consumer: Abilities) -> str
     if producer.process.host != consumer.process.host:
         return "the ends are on different hosts, in different containers or of different users"
     if carrier is Carrier.CUDA_IPC:
-        if producer.gpu != consumer.gpu:
-            return f"the ends use different GPUs ({producer.gpu} and {consumer.gpu})"
+        if producer.gpu != consumer.gpu and producer.gpu not in consumer.reaches:
+            return (
+                f"the consumer's GPU ({consumer.gpu}) cannot reach the producer's ({producer.gpu})"
+            )
         if producer.process == consumer.process:
             return "CUDA cannot open a handle in the process that exported it"
     return None
