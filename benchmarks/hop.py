@@ -1,12 +1,15 @@
 """One hand-over of a tensor between two processes: TensorMQ beside what people do without it.
 
     python benchmarks/hop.py --device cpu --sizes 4KB,600KB,3.2MB,12.8MB
+    python benchmarks/hop.py --device cuda:0 --to cuda:1 --only tensormq,raw
 
-Latency in microseconds from the moment the sender begins to hand over a tensor that it has to the
-moment the receiver has it on its own device, ready to use (on a GPU after a stream
-synchronisation). Both processes read CLOCK_MONOTONIC, which all processes of a host share. One
-message is under way at a time. The variants take turns, so that a slow moment of the machine meets
-all of them.
+Latency in microseconds from the moment the sender begins to hand over a tensor that it has to two
+moments at the receiver: when it has the tensor and can give its device work on it (`taken`), and
+when the device has the content too (`ready`: on a GPU after a stream synchronisation, which nobody
+needs who goes on computing there). Both processes read CLOCK_MONOTONIC, which all processes of a
+host share. One message is under way at a time. The variants take turns, so that a slow moment of
+the machine meets all of them. Before it sends, the sender is busy for half a millisecond, as one
+that has just computed is: one that slept would be slowed down by its own awakening.
 
     tensormq            push.send(tensor): one copy into a slot; ring, and the receiver spins
     tensormq, in place  the sender computed into push.allocate(): no copy
@@ -41,21 +44,23 @@ from rich.table import Table
 
 from tensormq import Doorbell, Loop, Peer, Pull, Push
 
-Received = tuple[float, torch.Tensor, Callable[[], None]]
+Received = tuple[torch.Tensor, Callable[[], None]]
+
+_BUSY = 0.0005
+"""Seconds for which the sender is busy before it sends; by then the receiver is waiting."""
 
 
-def _ready(device: str) -> float:
+def _wait_for(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.current_stream(device).synchronize()
-    return time.monotonic()
 
 
 class _ZmqPair:
     """A PUSH/PULL pair, and how a tensor becomes frames and back."""
 
-    def __init__(self, directory: Path, device: str) -> None:
+    def __init__(self, directory: Path, to: str) -> None:
         self.endpoint = f"ipc://{directory}/{type(self).__name__}.sock"
-        self.device = device
+        self.to = to
 
     def open_sender(self) -> None:
         self.socket = zmq.Context.instance().socket(zmq.PUSH)
@@ -80,8 +85,8 @@ class Pickled(_ZmqPair):
 
     def receive(self) -> Received:
         array = pickle.loads(self.socket.recv())
-        tensor = torch.from_numpy(array).to(self.device)
-        return _ready(self.device), tensor, lambda: None
+        tensor = torch.from_numpy(array).to(self.to)
+        return tensor, lambda: None
 
 
 class RawFrames(_ZmqPair):
@@ -94,8 +99,8 @@ class RawFrames(_ZmqPair):
         frame = self.socket.recv(copy=False)
         array = np.frombuffer(frame.buffer, np.float32)
         # A copy on a CPU too: the frame is read-only, and its owner is ZeroMQ.
-        tensor = torch.tensor(array, device=self.device)
-        return _ready(self.device), tensor, lambda: None
+        tensor = torch.tensor(array, device=self.to)
+        return tensor, lambda: None
 
 
 class HandlePerMessage(_ZmqPair):
@@ -111,15 +116,15 @@ class HandlePerMessage(_ZmqPair):
         self.socket.send(bytes(ForkingPickler.dumps(tensor)))
 
     def receive(self) -> Received:
-        tensor = pickle.loads(self.socket.recv())
-        return _ready(self.device), tensor, lambda: None
+        tensor = pickle.loads(self.socket.recv()).to(self.to)
+        return tensor, lambda: None
 
 
 class TorchQueue:
     name = "torch queue"
 
-    def __init__(self, _directory: Path, device: str) -> None:
-        self.device = device
+    def __init__(self, _directory: Path, to: str) -> None:
+        self.to = to
         self.queue: Any = mp.get_context("spawn").Queue()
 
     def open_sender(self) -> None: ...
@@ -134,8 +139,8 @@ class TorchQueue:
         self.queue.put(tensor)
 
     def receive(self) -> Received:
-        tensor = self.queue.get()
-        return _ready(self.device), tensor, lambda: None
+        tensor = self.queue.get().to(self.to)
+        return tensor, lambda: None
 
     def close(self) -> None: ...
 
@@ -146,7 +151,7 @@ class TensorMq:
     def __init__(
         self,
         directory: Path,
-        device: str,
+        devices: tuple[str, str],
         largest: int,
         how: str = "",
         doorbell: Doorbell = Doorbell.RING,
@@ -154,7 +159,7 @@ class TensorMq:
     ) -> None:
         self.name = f"{self.kind}, {how}" if how else self.kind
         self.endpoint = f"ipc://{directory}/{self.name.replace(', ', '-').replace(' ', '-')}"
-        self.device = device
+        self.device, self.to = devices
         self.largest = largest
         self.doorbell = doorbell
         self.spin = spin
@@ -167,7 +172,7 @@ class TensorMq:
 
     def open_receiver(self) -> None:
         self.loop = Loop(spin=self.spin)
-        self.pull = Pull(self.endpoint, device=self.device, loop=self.loop)
+        self.pull = Pull(self.endpoint, device=self.to, loop=self.loop)
 
     def prepare(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -178,7 +183,7 @@ class TensorMq:
     def receive(self) -> Received:
         message = self.pull.recv()
         tensor = message.tensors["x"]
-        return _ready(self.device), tensor, message.release
+        return tensor, message.release
 
     def close(self) -> None:
         if hasattr(self, "push"):
@@ -223,11 +228,14 @@ def _receive_all(variants: list[Any], device: str, control: Any) -> None:
                 variant.loop.run_once(0.1)
             control.send("open")
             continue
-        when, tensor, release = by_name[name].receive()
+        tensor, release = by_name[name].receive()
+        taken = time.monotonic()
+        _wait_for(device)
+        ready = time.monotonic()
         first, last = tensor[0].item(), tensor[-1].item()
         del tensor
         release()
-        control.send((when, first, last))
+        control.send((taken, ready, first, last))
     for variant in variants:
         variant.close()
 
@@ -237,6 +245,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--to", help="the receiver's device, where it is another GPU")
+    parser.add_argument("--only", default="", help="variants whose names begin so: tensormq,raw")
     parser.add_argument("--sizes", default="4KB,600KB,3.2MB,12.8MB")
     parser.add_argument("--rounds", type=int, default=30, help="rounds in which all take turns")
     parser.add_argument("--messages", type=int, default=10, help="messages of one variant a round")
@@ -247,19 +257,22 @@ def main() -> None:
     torch.multiprocessing.set_sharing_strategy("file_system")
     directory = Path(tempfile.mkdtemp(prefix="hop-"))
     largest = max(size for _, size in sizes)
-    variants: list[Any] = [
-        TensorMq(directory, device, largest),
-        TensorMqInPlace(directory, device, largest),
-        TensorMqInPlace(directory, device, largest, "parked", spin=0),
-        TensorMqInPlace(directory, device, largest, "zeromq", Doorbell.ZEROMQ, spin=0),
-        TensorMqInPlace(directory, device, largest, "zeromq spinning", Doorbell.ZEROMQ),
-        Pickled(directory, device),
-        RawFrames(directory, device),
-        HandlePerMessage(directory, device),
-        TorchQueue(directory, device),
+    to = options.to or device
+    devices = device, to
+    every: list[Any] = [
+        TensorMq(directory, devices, largest),
+        TensorMqInPlace(directory, devices, largest),
+        TensorMqInPlace(directory, devices, largest, "parked", spin=0),
+        TensorMqInPlace(directory, devices, largest, "zeromq", Doorbell.ZEROMQ, spin=0),
+        TensorMqInPlace(directory, devices, largest, "zeromq spinning", Doorbell.ZEROMQ),
+        Pickled(directory, to),
+        RawFrames(directory, to),
+        HandlePerMessage(directory, to),
+        TorchQueue(directory, to),
     ]
+    variants = [v for v in every if v.name.startswith(tuple(options.only.split(",")))]
     control, theirs = mp.get_context("spawn").Pipe()
-    receiver = mp.get_context("spawn").Process(target=_receive_all, args=(variants, device, theirs))
+    receiver = mp.get_context("spawn").Process(target=_receive_all, args=(variants, to, theirs))
     receiver.start()
     try:
         assert control.recv() == "ready"
@@ -280,48 +293,61 @@ def main() -> None:
         receiver.kill()
         shutil.rmtree(directory)
     where = measured.conditions(device)
+    where["to"] = to
     _print(where, variants, results)
     measured.write(options.json, {"conditions": where, "unit": "µs", "results": results})
 
 
 def _measure(
     variants: list[Any], size: int, device: str, control: Any, options: argparse.Namespace
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, dict[str, float]]]:
+    """For each variant until when: `sent` is when the sender is free again."""
     count = size // 4
-    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    times: dict[str, dict[str, list[float]]]
+    times = {variant.name: {"sent": [], "taken": [], "ready": []} for variant in variants}
     for number in range(-3, options.rounds):  # three rounds to warm up
         source = torch.full((count,), float(number), device=device)
         for variant in variants:
             for _ in range(options.messages):
                 prepared = variant.prepare(source)
-                _ready(device)
+                _wait_for(device)
                 control.send(variant.name)
-                time.sleep(0.0005)  # the receiver is waiting by now
+                busy = time.monotonic() + _BUSY
+                while time.monotonic() < busy:
+                    pass
                 start = time.monotonic()
                 variant.send(prepared)
-                when, first, last = control.recv()
+                sent = time.monotonic()
+                taken, ready, first, last = control.recv()
                 assert first == last == float(number), f"{variant.name} delivered something else"
                 if number >= 0:
-                    times[variant.name].append((when - start) * 1e6)
-    return {name: measured.percentiles(values) for name, values in times.items()}
+                    for until, when in (("sent", sent), ("taken", taken), ("ready", ready)):
+                        times[variant.name][until].append((when - start) * 1e6)
+    return {
+        name: {until: measured.percentiles(values) for until, values in mine.items()}
+        for name, mine in times.items()
+    }
 
 
 def _print(
-    where: dict[str, Any], variants: list[Any], results: dict[str, dict[str, dict[str, float]]]
+    where: dict[str, Any],
+    variants: list[Any],
+    results: dict[str, dict[str, dict[str, dict[str, float]]]],
 ) -> None:
-    console = Console()
+    console = Console(width=140)
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
-    table = Table(title="hand-over of one tensor, µs: p50 (p95, p99)", box=None)
-    table.add_column("variant")
-    for label in results:
-        table.add_column(label, justify="right")
-    for variant in variants:
-        cells = []
-        for found in results.values():
-            mine = found[variant.name]
-            cells.append(f"{mine['p50']:.0f} ({mine['p95']:.0f}, {mine['p99']:.0f})")
-        table.add_row(variant.name, *cells)
-    console.print(table)
+    for until in ("taken", "ready"):
+        table = Table(title=f"until a tensor is {until}, µs: p50 (p95, p99)", box=None)
+        table.add_column("variant")
+        for label in results:
+            table.add_column(label, justify="right")
+        for variant in variants:
+            cells = []
+            for found in results.values():
+                mine = found[variant.name][until]
+                cells.append(f"{mine['p50']:.0f} ({mine['p95']:.0f}, {mine['p99']:.0f})")
+            table.add_row(variant.name, *cells)
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/on_gpu.py --out /tmp/results
     python benchmarks/on_gpu.py --out /tmp/results --only tests,tests-mps,runtime
 
-`tests-two-gpus` needs two GPUs that reach each other's memory, all else one.
+Parts whose name ends in `two-gpus` need two GPUs that reach each other's memory, all else one.
 
 A part that fails or takes longer than its limit does not keep the others from running. What each
 prints is in <part>.log, what it measured in JSON beside it; the end of a failed part's log is
@@ -66,7 +66,16 @@ def parts(device: str, out: Path, store: str, *, full: bool) -> list[Part]:
         Part("tests-two-gpus", 300, (*_PYTEST, "two_gpus", *tests)),
         Part("tests-mps", 300, (*_PYTEST, "gpu", "tests/test_gpu_mps.py")),
         *measured("runtime", 240, "--precision", "tf32", "--store", store),
-        *measured("hop", 120),
+        *measured("hop", 120, *(() if full else ("--rounds", "12"))),
+        Part(
+            "hop-two-gpus",
+            90,
+            (
+                "benchmarks/hop.py",
+                *("--device", device, "--to", "cuda:1", "--only", "tensormq,raw", "--rounds", "12"),
+                *("--json", str(out / "hop-two-gpus.json")),
+            ),
+        ),
         *measured("fanout", 120),
         *(
             Part(
