@@ -37,7 +37,7 @@ class Mlp(nn.Module):
 
     def __init__(self, seed: int = 0, width: int = 32) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layers = nn.Sequential(
                 nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),

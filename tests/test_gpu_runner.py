@@ -40,7 +40,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.conv = nn.Conv2d(3, 16, 3)
             self.bn = nn.BatchNorm2d(16)

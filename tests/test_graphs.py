@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
     def __init__(self, seed: int, width: int = 16) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.linear = nn.Linear(16, width)
 

@@ -35,7 +35,7 @@ class Net(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.conv = nn.Conv2d(3, 4, 3)
             self.bn = nn.BatchNorm2d(4)

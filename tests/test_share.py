@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def linear(seed: int, inputs: int = 16, outputs: int = 16) -> nn.Linear:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Linear(inputs, outputs)
 

@@ -46,7 +46,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().eval()
 

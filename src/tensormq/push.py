@@ -466,12 +466,14 @@ class Push:
             raise
         lane.sequences[slot] = sequence
         lane.pool.lease(slot, alive)
-        if lane.device is not None:
-            lane.device.publish(slot, sequence, alive)
-        elif self._gpu:
+        if self._gpu and lane.device is None:
             self._after_gpu(lambda: self._announce(lane, slot, layout, frames))
             return
         self._announce(lane, slot, layout, frames)
+        if lane.device is not None:
+            # Not before: the consumer's stream waits for the word anyway, and to hand it to the
+            # driver takes as long as all the rest.
+            lane.device.publish(slot, sequence, alive)
 
     def _announce(
         self, lane: _Lane, slot: int, layout: wire.Layout, frames: list[tuple[Peer, bytes]]
