@@ -139,9 +139,11 @@ class _Words:
 
     def _give(self, operation: Callable[..., Any], slot: int, value: int, how: int) -> None:
         # The handle, without the object that torch would make for it.
-        stream = int(torch._C._cuda_getCurrentRawStream(self._index))
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
         if stream or torch.cuda.current_device() == self._index:
-            _checked(operation(stream, self._addresses[slot], value, how))
+            result = operation(stream, self._addresses[slot], value, how)
+            if result[0]:
+                _checked(result)
         else:
             # Every device calls its default stream 0: the driver takes that of the current one.
             with torch.cuda.device(self._index):

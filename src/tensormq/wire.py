@@ -274,14 +274,14 @@ def encode(message: ToConsumer | ToProducer) -> bytes:
 def _body(frame: bytes) -> memoryview:
     if len(frame) > MAX_FRAME:
         raise ProtocolError(f"a frame of {len(frame)} bytes; at most {MAX_FRAME} are allowed")
-    if frame[:3] != MAGIC[:3]:
+    if frame.startswith(MAGIC):
+        return memoryview(frame)[len(MAGIC) :]
+    if not frame.startswith(MAGIC[:3]):
         raise ProtocolError("the frame does not start with TMQ: the peer does not speak TensorMQ")
-    if frame[:4] != MAGIC:
-        raise ProtocolError(
-            f"the peer speaks version {frame[3] if len(frame) > 3 else '?'} of the wire format, "
-            f"this end version {VERSION}"
-        )
-    return memoryview(frame)[4:]
+    raise ProtocolError(
+        f"the peer speaks version {frame[3] if len(frame) > 3 else '?'} of the wire format, "
+        f"this end version {VERSION}"
+    )
 
 
 def decode_to_consumer(frame: bytes) -> ToConsumer:
