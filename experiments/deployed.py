@@ -28,7 +28,7 @@ from blockflow import protocol
 from blockflow.child import die_with_parent, start_logging
 from blockflow.controller import Controller
 from blockflow.options import ServeOptions
-from blockflow.protocol import Route, decode_note
+from blockflow.protocol import Note, Route, decode_note, encode
 from blockflow.state import State
 from blockflow.topology import PipelineName, parse
 from tensormq import Loop, Message, Peer, Pull, Push, Request, slot_size
@@ -36,6 +36,8 @@ from tensormq import Loop, Message, Peer, Pull, Push, Request, slot_size
 SLOTS = 16
 """Requests under way in a first block's channel, the gateway's and ours alike. Their memory is
 taken at once: slots, times rows of a request, times bytes of a row."""
+_TIMED = encode(Note(hops=((),)))
+"""What travels with a request of which the times are wanted."""
 
 
 class _Controller(Controller):
@@ -179,7 +181,10 @@ class Entry:
     def send(self, number: int, inputs: Inputs, pipeline: int = 0) -> None:
         push, peer, route = self._ways[self._side, pipeline]
         rows = len(next(iter(inputs.values())))
-        push.send(inputs, to=peer, requests=(Request(number, rows, 0.0),), route=route.id)
+        # On a GPU a block cannot say in passing how long it computed.
+        note = b"" if self._gpu else _TIMED
+        requests = (Request(number, rows, 0.0),)
+        push.send(inputs, to=peer, requests=requests, route=route.id, note=note)
 
     def poll(self, seconds: float) -> list[Answer]:
         pull = self._pulls[self._side]
@@ -204,11 +209,11 @@ class Entry:
             whole = tensor.clone()
         answers = []
         start = 0
-        for request, hops in zip(message.requests, note.hops, strict=True):
+        every = note.hops or ((),) * len(message.requests)
+        for request, hops in zip(message.requests, every, strict=True):
             rows = slice(start, start + request.rows)
             start += request.rows
-            # On a GPU a block does not wait for what it launched: this is not its computing time.
-            compute = () if self._gpu else tuple(hop.compute_ms for hop in hops)
+            compute = tuple(h.compute_ms for h in hops or () if h.compute_ms is not None)
             answers.append(Answer(request.id, at, whole[rows], compute))
         return answers
 

@@ -18,7 +18,14 @@ from blockflow import oip
 from blockflow.artifact import Port
 from blockflow.errors import NotFound
 from blockflow.gateway.http import ModelStatus
-from blockflow.oip import InferRequest, InferResult, ModelMetadata, TensorValue
+from blockflow.oip import (
+    BlockTiming,
+    InferRequest,
+    InferResult,
+    ModelMetadata,
+    TensorValue,
+    Timings,
+)
 
 Compute = Callable[..., Mapping[str, NDArray[Any]]]
 
@@ -80,7 +87,8 @@ class FakeDispatcher:
             TensorValue.from_numpy(name, array)
             for name, array in self._compute[model.name](**arrays).items()
         ]
-        return InferResult(outputs, [("trunk", 1.25), ("head v1", 0.5)])
+        trunk, head = BlockTiming("trunk", 0.1, 0.2, 1.25), BlockTiming("head v1", 0.0, 3.0, 0.5)
+        return InferResult(outputs, Timings(6.5, (trunk, head)) if request.timing else None)
 
 
 def zoo() -> FakeDispatcher:

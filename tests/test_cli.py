@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -483,6 +484,13 @@ def test_infer_sends_arrays_and_saves_the_answer(gateway: str, tmp_path: Path) -
         assert set(saved) == {"sum", "big", "half"}
         np.testing.assert_array_equal(saved["sum"], [[4, 32]])
         np.testing.assert_array_equal(saved["big"], [[False, True]])
+
+
+def test_infer_says_where_the_time_went(gateway: str) -> None:
+    result = run("infer", "double", "--random", "--timing", "--server", gateway)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"trunk +0\.100 +0\.200 +1\.250", result.output)
+    assert "6.5 ms in the server" in result.output
 
 
 def test_infer_makes_up_the_inputs_that_are_not_given(gateway: str, tmp_path: Path) -> None:

@@ -238,9 +238,41 @@ def test_repository_index_can_leave_out_what_is_not_ready(http: httpx.Client) ->
 
 
 def test_server_timing_is_a_valid_header(http: httpx.Client) -> None:
-    response = http.post(DOUBLE, content=infer_body())
-    assert response.headers["server-timing"] == "trunk;dur=1.250, head_v1;dur=0.500"
-    assert response.json()["outputs"][0]["data"] == [2.0, 4.0, 6.0]
+    response = http.post(DOUBLE, content=infer_body(timing=True))
+    assert response.headers["server-timing"] == (
+        "total;dur=6.500, trunk.hop;dur=0.100, trunk.queue;dur=0.200, trunk.compute;dur=1.250, "
+        "head_v1.hop;dur=0.000, head_v1.queue;dur=3.000, head_v1.compute;dur=0.500"
+    )
+    answer = response.json()
+    assert answer["outputs"][0]["data"] == [2.0, 4.0, 6.0]
+    assert answer["parameters"] == {
+        "timing.total_ms": 6.5,
+        "timing.trunk.hop_ms": 0.1,
+        "timing.trunk.queue_ms": 0.2,
+        "timing.trunk.compute_ms": 1.25,
+        "timing.head v1.hop_ms": 0.0,
+        "timing.head v1.queue_ms": 3.0,
+        "timing.head v1.compute_ms": 0.5,
+    }
+
+
+@pytest.mark.parametrize("parameters", [{}, {"timing": False}, {"timing": None}])
+def test_nobody_is_told_times_who_did_not_ask(
+    http: httpx.Client, parameters: dict[str, object]
+) -> None:
+    response = http.post(DOUBLE, content=infer_body(**parameters))
+    assert "server-timing" not in response.headers
+    assert "parameters" not in response.json()
+
+
+def test_to_ask_for_times_is_to_say_true(http: httpx.Client) -> None:
+    refused(http.post(DOUBLE, content=infer_body(timing="yes")), 400, "'timing'.*true or false")
+
+
+def test_triton_asks_for_times(client: Any) -> None:
+    given = [triton_input("x", X)]
+    result = client.infer("double", given, parameters={"timing": True})
+    assert result.get_response()["parameters"]["timing.trunk.compute_ms"] == 1.25
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "text/plain", "image/png", None])

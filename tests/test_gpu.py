@@ -54,6 +54,28 @@ def test_on_gpus_no_byte_between_blocks_passes_the_host(
         assert all(c["bytes"] > 0 for c in between)
 
 
+def test_on_a_gpu_a_request_is_timed_by_the_devices_own_events(store: Store, run_dir: Path) -> None:
+    wanted, x, expected = four_blocks(store, "cuda:0")
+    with Server(run_dir, wanted) as server:
+        server.wait_ready(180)
+        for _ in range(5):
+            got, (total, times) = server.inference.infer_timed("resnet50", {"x": x})
+            np.testing.assert_allclose(got["output"], expected, atol=1e-3)
+            assert [each.block for each in times] == wanted["pipelines"]["resnet50"]["blocks"]
+            assert all(each.compute_ms > 0 for each in times)
+            # One after the other on the same device, and over before the answer was sent.
+            assert sum(each.compute_ms for each in times) < total
+        # What nobody asks for does not wait for the device, and is counted all the same.
+        np.testing.assert_allclose(
+            server.inference.infer("resnet50", {"x": x})["output"], expected, atol=1e-3
+        )
+        wait_for(
+            lambda: {sum(b["compute_seconds"]["counts"]) for b in server.control.blocks()} == {6},
+            5,
+            "reports",
+        )
+
+
 APART = {
     "one": "trunk.d trunk.skip",
     "two": "left.d left.skip",

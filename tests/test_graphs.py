@@ -350,11 +350,16 @@ def test_a_diamond_equals_the_network_it_was_cut_from(server: Server) -> None:
         np.testing.assert_allclose(got, computed(Diamond(), x), atol=1e-6)
     response = httpx.post(
         f"http://127.0.0.1:{server.http_port}/v2/models/diamond/infer",
-        json={"inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": [0.5] * 16}]},
+        json={
+            "inputs": [{"name": "x", "shape": [1, 16], "datatype": "FP32", "data": [0.5] * 16}],
+            "parameters": {"timing": True},
+        },
         timeout=60,
     )
-    hops = [part.split(";")[0] for part in response.headers["server-timing"].split(", ")]
-    assert hops == ["trunk.d", "left.d", "right.d", "join.d"]
+    named = [part.split(";")[0] for part in response.headers["server-timing"].split(", ")]
+    figures = ("hop", "queue", "compute")
+    members = ("trunk.d", "left.d", "right.d", "join.d")
+    assert named == ["total", *(f"{block}.{each}" for block in members for each in figures)]
     wait_for_requests(server, "join.d", 4)
     # One message for both, and none that went twice.
     wait_for_channels(server, "trunk.d", {"left.d": ("shm", 4), "right.d": ("shm", 4)})

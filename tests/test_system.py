@@ -17,7 +17,7 @@ import pytest
 import torch
 import tritonclient.http as triton
 
-from blockflow import ledger
+from blockflow import ledger, oip
 from blockflow.artifact import Port, Store
 from blockflow.client import InferenceClient
 from blockflow.errors import (
@@ -324,6 +324,58 @@ def test_a_request_that_breaks_its_block_fails_alone(store: Store, directory: Pa
             else:
                 assert server.inference.infer("f", {"x": x})["output"].shape == (1, 4)
         assert server.block("table")["pid"] == pid
+
+
+def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    slow = store_model(store, Slow(), 1)[0]
+    blocks = {"slow": slow, "one": mlp[0], "two": mlp[1], "three": mlp[2]}
+    together = {"worker": "together", "fuse": False}
+    wanted = topology(
+        store.root, {"a": blocks}, slow={"max_batch": 1}, two=together, three=together
+    )
+    x = some_rows()
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        found: list[oip.Timings] = []
+
+        def ask() -> None:
+            with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
+                got, timings = client.infer_timed("a", {"x": x})
+                np.testing.assert_allclose(got["output"], answer(Mlp(), x), atol=1e-5)
+                found.append(timings)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 4
+        for total, times in found:
+            assert [each.block for each in times] == ["slow", "one", "two", "three"]
+            assert min(min(each[1:]) for each in times) >= 0
+            assert 0 < sum(sum(each[1:]) for each in times) <= total
+            assert max(times, key=lambda each: each.compute_ms).block == "slow"
+        # The last of them waited at the slow block for the others, and not on its way there.
+        last = max((times[0] for _, times in found), key=lambda each: each.queue_ms)
+        first = min((times[0] for _, times in found), key=lambda each: each.queue_ms)
+        assert last.queue_ms > first.compute_ms > last.hop_ms
+
+        # Who does not ask is counted all the same.
+        np.testing.assert_allclose(
+            server.inference.infer("a", {"x": x})["output"], answer(Mlp(), x), atol=1e-5
+        )
+        wait_for(lambda: server.block("three")["requests"] == 5, 5, "a report")
+        text = httpx.get(f"http://127.0.0.1:{server.control_port}/metrics").text
+        for block in blocks:
+            status = server.block(block)
+            assert status["queue_ms_mean"] is not None
+            for figure in ("hop", "queue", "compute"):
+                name = f"blockflow_block_{figure}_seconds"
+                count = 5 if figure != "compute" else sum(status["batch_sizes"]["counts"])
+                assert f'{name}_count{{block="{block}"}} {count:.1f}' in text
+                assert f'{name}_bucket{{block="{block}",le="+Inf"}} {count:.1f}' in text
 
 
 def test_requests_of_different_pipelines_are_computed_together(

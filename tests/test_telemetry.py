@@ -147,8 +147,9 @@ def test_blocks_are_counted() -> None:
                         requests_by_pipeline={"p": 2, "q": 3},
                         queued=4,
                         batch_sizes=Histogram(bounds=(1.0, 2.0), counts=(1, 2, 0), sum=5),
-                        compute_ms_mean=20.0,
-                        queue_ms_mean=4.0,
+                        compute_seconds=Histogram(bounds=(0.01, 0.1), counts=(1, 2, 0), sum=0.06),
+                        queue_seconds=Histogram(bounds=(0.01, 0.1), counts=(5, 0, 0), sum=0.02),
+                        hop_seconds=Histogram(bounds=(0.01, 0.1), counts=(3, 1, 1), sum=0.5),
                         channels=(channel, channel, channel.model_copy(update={"peer": "tail"})),
                     )
                 ]
@@ -158,9 +159,13 @@ def test_blocks_are_counted() -> None:
     assert value(samples, "block_requests_total", block="trunk", pipeline="q") == 3
     assert value(samples, "block_queued_requests", block="trunk") == 4
     assert value(samples, "block_compute_seconds_count", block="trunk") == 3
-    assert value(samples, "block_compute_seconds_sum", block="trunk") == pytest.approx(0.06)
+    assert value(samples, "block_compute_seconds_sum", block="trunk") == 0.06
+    assert value(samples, "block_compute_seconds_bucket", block="trunk", le="0.01") == 1
     assert value(samples, "block_queue_seconds_count", block="trunk") == 5
-    assert value(samples, "block_queue_seconds_sum", block="trunk") == pytest.approx(0.02)
+    assert value(samples, "block_queue_seconds_sum", block="trunk") == 0.02
+    assert value(samples, "block_hop_seconds_bucket", block="trunk", le="0.1") == 4
+    assert value(samples, "block_hop_seconds_count", block="trunk") == 5
+    assert value(samples, "block_hop_seconds_sum", block="trunk") == 0.5
     assert value(samples, "block_batch_requests_bucket", block="trunk", le="2.0") == 3
     assert value(samples, "block_batch_requests_sum", block="trunk") == 5
     labels = {"block": "trunk", "peer": "head", "carrier": "shm"}
@@ -229,6 +234,9 @@ def everything() -> Observed:
             block(
                 requests_by_pipeline={"p": 2},
                 batch_sizes=histogram,
+                compute_seconds=histogram,
+                queue_seconds=histogram,
+                hop_seconds=histogram,
                 channels=(channel,),
                 host_memory_bytes=1,
                 device_memory_bytes=1,
@@ -248,7 +256,7 @@ def test_openmetrics_where_it_is_asked_for() -> None:
 def test_names_follow_the_conventions() -> None:
     """Counters end in `_total`, units are base units, and every metric says what it is."""
     families = list(parse_text(scrape(everything(), (GPU,)).text))
-    assert len(families) == 25
+    assert len(families) == 26
     for family in families:
         assert re.fullmatch(r"blockflow_[a-z]+(_[a-z]+)+", family.name)
         assert family.documentation.endswith(".")

@@ -159,11 +159,43 @@ class InferenceClient(_Client):
         Raises `RequestInvalid`, `NotFound`, `Overloaded`, `Unavailable`, `DeadlineExceeded`, or
         plain `BlockFlowError` where the server failed.
         """
+        return self._infer(model, inputs, outputs, deadline, request_id, timing=False)[0]
+
+    def infer_timed(
+        self,
+        model: str,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        outputs: Iterable[str] = (),
+        deadline: float | None = None,
+        request_id: str = "",
+    ) -> tuple[dict[str, NDArray[Any]], oip.Timings]:
+        """As `infer`, and where the request's time went: at each block, and in all.
+
+        On a GPU the answer waits until the blocks know how long the device computed, which takes a
+        few milliseconds. Raises BlockFlowError too for a server that does not say.
+        """
+        found, timings = self._infer(model, inputs, outputs, deadline, request_id, timing=True)
+        if timings is None:
+            raise BlockFlowError(f"the server at {self._url} does not say where the time went")
+        return found, timings
+
+    def _infer(
+        self,
+        model: str,
+        inputs: Mapping[str, NDArray[Any]],
+        outputs: Iterable[str],
+        deadline: float | None,
+        request_id: str,
+        *,
+        timing: bool,
+    ) -> tuple[dict[str, NDArray[Any]], oip.Timings | None]:
         request = oip.encode_request(
             [oip.TensorValue.from_numpy(name, array) for name, array in inputs.items()],
             outputs=outputs,
             timeout=deadline,
             request_id=request_id,
+            timing=timing,
         )
         response = self._answer(
             "POST",
@@ -174,7 +206,7 @@ class InferenceClient(_Client):
         _raise_for_status(response, RequestInvalid)
         answer = oip.parse_response(response.content, response.headers.get(oip.HEADER_LENGTH))
         # Copied, because views into the response are read-only and unaligned.
-        return {tensor.name: tensor.numpy().copy() for tensor in answer.outputs}
+        return {tensor.name: tensor.numpy().copy() for tensor in answer.outputs}, answer.timings
 
     def models(self) -> list[dict[str, Any]]:
         """The deployed models: `name`, `version`, `state` ("READY", "UNAVAILABLE"), `reason`."""

@@ -1100,6 +1100,12 @@ def _histogram(found: protocol.Histogram) -> Histogram:
     return Histogram(bounds=found.bounds, counts=found.counts, sum=found.sum)
 
 
+def _mean_ms(found: protocol.Histogram) -> float | None:
+    """Milliseconds of a histogram of seconds; None while it is empty."""
+    count = sum(found.counts)
+    return found.sum / count * 1e3 if count else None
+
+
 def _ports(ports: Iterable[Any]) -> tuple[PortStatus, ...]:
     return tuple(PortStatus(name=p.name, dtype=p.dtype, shape=p.shape) for p in ports)
 
@@ -1142,10 +1148,11 @@ def _block_statuses(
             queued=known.queued if known else 0,
             incomplete=known.incomplete if known else 0,
             batch_sizes=_histogram(known.batch_sizes) if known else None,
-            compute_ms_mean=known.compute_ms / known.batches if known and known.batches else None,
-            queue_ms_mean=(
-                known.queue_ms / known.batch_sizes.sum if known and known.batch_sizes.sum else None
-            ),
+            compute_seconds=_histogram(known.compute) if known else None,
+            queue_seconds=_histogram(known.queue) if known else None,
+            hop_seconds=_histogram(known.hop) if known else None,
+            compute_ms_mean=_mean_ms(known.compute) if known else None,
+            queue_ms_mean=_mean_ms(known.queue) if known else None,
             runner=known.runner if known else None,
             runner_reason=known.runner_reason if known else None,
             fused_into=known.fused_into if known else None,

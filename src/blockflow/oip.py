@@ -180,7 +180,7 @@ class InferRequest:
     `inputs` has one tensor per input port, in the model's order; `rows` is the size of their
     symbolic batch dimension (1 for a model without one). `outputs` has at least one entry.
     `timeout` is in seconds and counts from when the whole request was there; None means that the
-    client named none. `id` is empty if the client gave none.
+    client named none. `id` is empty if the client gave none. `timing`: it wants to know its times.
     """
 
     id: str
@@ -188,17 +188,42 @@ class InferRequest:
     rows: int
     outputs: tuple[RequestedOutput, ...]
     timeout: float | None
+    timing: bool = False
+
+
+class BlockTiming(NamedTuple):
+    """A request's time on the way to a block, waiting there, and in the block's computation.
+
+    In milliseconds. On a GPU `compute_ms` is what the device's events measured.
+    """
+
+    block: str
+    hop_ms: float
+    queue_ms: float
+    compute_ms: float
+
+
+class Timings(NamedTuple):
+    """Where a request's time went: `total_ms` in the gateway and behind it, and at each block.
+
+    The blocks are in the order in which the request met them. Times at blocks that compute side by
+    side do not add up; what the total has beyond them is the gateway's, the way back, and on a GPU
+    what the device kept waiting.
+    """
+
+    total_ms: float
+    blocks: tuple[BlockTiming, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class InferResult:
     """What the blocks answered: at least the requested outputs, in any order.
 
-    `timings` are (block, milliseconds) in the order in which the request met the blocks.
+    `timings` is None for a request that did not ask.
     """
 
     outputs: Sequence[TensorValue]
-    timings: Sequence[tuple[str, float]] = ()
+    timings: Timings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +233,7 @@ class InferAnswer:
     model: str
     id: str
     outputs: tuple[TensorValue, ...]
+    timings: Timings | None = None
 
 
 class Encoded(NamedTuple):
@@ -251,6 +277,7 @@ class _Answer(msgspec.Struct):
     model_name: str
     outputs: list[_Tensor]
     id: str | None = None
+    parameters: _Parameters | None = None
 
 
 _request_decoder = msgspec.json.Decoder(_Request)
@@ -325,15 +352,20 @@ def parse_request(
         rows=1 if rows is None else rows,
         outputs=_requested_outputs(request, parameters, model),
         timeout=_timeout_seconds(parameters),
+        timing=_flag(parameters, "timing", "the request") or False,
     )
 
 
 def encode_response(
-    model: ModelMetadata, request: InferRequest, outputs: Iterable[TensorValue]
+    model: ModelMetadata,
+    request: InferRequest,
+    outputs: Iterable[TensorValue],
+    timings: Timings | None = None,
 ) -> Encoded:
     """The answer to `request`: the outputs it asked for, each in the form it asked for.
 
-    JSON numbers are flat, in C order. Binary outputs are passed on as they are.
+    JSON numbers are flat, in C order. Binary outputs are passed on as they are. Timings become
+    parameters: `timing.total_ms`, `timing.<block>.hop_ms` and so on.
 
     Raises `RequestInvalid` where JSON was asked for and cannot say the values (NaN, infinity), and
     `ValueError` for outputs that are missing or whose bytes do not fill their shape: that is no
@@ -357,6 +389,8 @@ def encode_response(
     head: dict[str, Any] = {"model_name": model.name, "model_version": MODEL_VERSION}
     if request.id:
         head["id"] = request.id
+    if timings is not None:
+        head["parameters"] = _timing_parameters(timings)
     head["outputs"] = described
     return _encoded(head, chunks)
 
@@ -394,10 +428,12 @@ def encode_request(
     outputs: Iterable[str] = (),
     timeout: float | None = None,
     request_id: str = "",
+    timing: bool = False,
 ) -> Encoded:
     """An infer request with binary tensors both ways.
 
-    `outputs` names the wanted ones; none means all. `timeout` is in seconds. Raises
+    `outputs` names the wanted ones; none means all. `timeout` is in seconds. `timing` asks where
+    the request's time goes. Raises
     `RequestInvalid` for a timeout that is not a positive, finite number.
     """
     described: list[dict[str, Any]] = []
@@ -417,6 +453,8 @@ def encode_request(
             raise RequestInvalid(f"timeout must be a positive number of seconds, not {timeout}")
         # Rounded up: zero microseconds would be refused.
         head["parameters"]["timeout"] = math.ceil(timeout * 1e6)
+    if timing:
+        head["parameters"]["timing"] = True
     return _encoded(head, chunks)
 
 
@@ -433,7 +471,8 @@ def parse_response(body: bytes | bytearray | memoryview, header: str | None) -> 
         values = _values(answer.outputs, head, tail, "output")
     except RequestInvalid as error:
         raise BlockFlowError(f"the server's answer cannot be read: {error}") from error
-    return InferAnswer(answer.model_name, answer.id or "", tuple(values.values()))
+    timings = _timings_in(answer.parameters or {})
+    return InferAnswer(answer.model_name, answer.id or "", tuple(values.values()), timings)
 
 
 # --- Bodies and their two parts -----------------------------------------------------------------
@@ -566,6 +605,37 @@ def _timeout_seconds(parameters: _Parameters) -> float | None:
             "the request's parameter 'timeout' must be a positive number of microseconds"
         )
     return value / 1e6
+
+
+_TIMING = "timing."
+_FIGURES = BlockTiming._fields[1:]
+
+
+def _timing_parameters(timings: Timings) -> dict[str, float]:
+    """Flat, because the protocol's parameters are scalars; in microseconds' precision."""
+    found = {f"{_TIMING}total_ms": round(timings.total_ms, 3)}
+    for each in timings.blocks:
+        for figure in _FIGURES:
+            found[f"{_TIMING}{each.block}.{figure}"] = round(getattr(each, figure), 3)
+    return found
+
+
+def _timings_in(parameters: _Parameters) -> Timings | None:
+    """The timings among an answer's parameters; None where there are none, or not all of them."""
+    total: float | None = None
+    blocks: dict[str, dict[str, float]] = {}
+    for name, value in parameters.items():
+        if not name.startswith(_TIMING) or not isinstance(value, int | float):
+            continue
+        # A block's name may have dots.
+        block, _, figure = name.removeprefix(_TIMING).rpartition(".")
+        if not block and figure == "total_ms":
+            total = float(value)
+        elif figure in _FIGURES:
+            blocks.setdefault(block, {})[figure] = float(value)
+    if total is None or any(len(figures) < len(_FIGURES) for figures in blocks.values()):
+        return None
+    return Timings(total, tuple(BlockTiming(block, **known) for block, known in blocks.items()))
 
 
 def _flag(parameters: _Parameters, name: str, what: str) -> bool | None:

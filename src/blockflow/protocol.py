@@ -189,14 +189,14 @@ class Histogram(msgspec.Struct, frozen=True):
 
 
 class BlockReport(msgspec.Struct, frozen=True):
-    """`compute_ms` is the sum over `batches`; on a GPU as the device's own events measured it.
+    """`compute` counts seconds of each batch; on a GPU as the device's own events measured it.
 
     `batch_sizes` counts requests per batch, `queued` the requests that wait now and `incomplete`
-    those of which a part is still to come. `queue_ms` is how long the computed requests waited,
-    from their arrival at the block to their batch, summed over them. `runner` is "cuda graph" or
-    "eager"; `runner_reason` says why a block on a GPU runs eagerly. A block that is run in one go
-    with the ones before it is `fused_into` the first of them: what can be told of all of them
-    together is told there, and the last one has the channels.
+    those of which a part is still to come. `queue` and `hop` count seconds of each computed
+    request, as `Hop` tells them apart. `runner` is "cuda graph" or "eager"; `runner_reason` says
+    why a block on a GPU runs eagerly. A block that is run in one go with the ones before it is
+    `fused_into` the first of them: what can be told of all of them together is told there, and the
+    last one has the channels.
     """
 
     block: BlockName
@@ -204,12 +204,12 @@ class BlockReport(msgspec.Struct, frozen=True):
     failures: int
     queued: int
     incomplete: int
-    batches: int
     batch_sizes: Histogram
-    compute_ms: float
+    compute: Histogram
+    queue: Histogram
+    hop: Histogram
     channels: tuple[ChannelReport, ...]
     runner: str
-    queue_ms: float = 0.0
     runner_reason: str | None = None
     fused_into: BlockName | None = None
 
@@ -240,24 +240,30 @@ FromChild: TypeAlias = Hello | Done | Failed | WorkerReport | GatewayReport
 
 
 class Hop(msgspec.Struct, frozen=True, array_like=True):
-    """A request's time at a block in milliseconds, by the host's clock.
+    """A request's time on its way to a block and there, in milliseconds.
 
-    On a GPU `compute_ms` is the time to launch the work, for nothing on the path waits for it.
+    `hop_ms` is from the moment it was sent (its last part, where several blocks feed this one)
+    until the block took it, and 0 from another host. What of that the block was busy with others is
+    in `queue_ms`, which ends when the request's batch begins. `compute_ms` is the batch's time: on
+    a CPU by the host's clock, on a GPU by the device's events. There it is None at first, for
+    nothing on the path waits for the GPU, and what the work waits for there is in no figure.
     """
 
-    block: str
+    block: BlockName
+    hop_ms: float
     queue_ms: float
-    compute_ms: float
+    compute_ms: float | None
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True):
-    """`hops` of each request of the message, in their order; empty for those that begin.
+    """`hops` of each request of the message, in their order: None for one that is not timed.
 
-    `block` sends it; None is the gateway. `error` and the HTTP `status` it maps to, when the
-    requests failed at a block.
+    Where none is, `hops` is empty. A message to the results end without tensors and error tells of
+    hops whose `compute_ms` was None before. `block` sends it; None is the gateway. `error` and the
+    HTTP `status` it maps to, when the requests failed at a block.
     """
 
-    hops: tuple[tuple[Hop, ...], ...] = ()
+    hops: tuple[tuple[Hop, ...] | None, ...] = ()
     block: BlockName | None = None
     error: str | None = None
     status: int = 500

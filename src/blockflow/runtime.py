@@ -25,7 +25,7 @@ from torch import Tensor
 from blockflow.artifact import BATCH
 from blockflow.batching import Limits, Waiting, decide
 from blockflow.cores import Cores
-from blockflow.counting import BATCH_SIZES, Buckets
+from blockflow.counting import BATCH_SIZES, BLOCK_SECONDS, Buckets
 from blockflow.errors import (
     BlockFailed,
     BlockFlowError,
@@ -69,6 +69,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.1
 """How often a block looks for parts that are late and, while it waits, for device times."""
+_ASKED_SECONDS = 0.001
+"""How often it looks, while it has nothing else to do, for a device time that somebody awaits."""
 _MOST_JOINING = 1024
 """Requests that wait for a part of theirs: far more than credits let be under way."""
 _LONGEST_ERROR = 2000
@@ -82,6 +84,7 @@ class _Arrival:
     `release` is called when the last of the requests needs them no more. `ready` is recorded on the
     stream of another block of this process that computed them; `loan` says that they lie where
     that block will write again, `in_slot` that they lie where another process may be waiting to.
+    `sent` is when they set out, by the host's monotonic clock.
     """
 
     tensors: Mapping[str, Tensor]
@@ -91,9 +94,11 @@ class _Arrival:
     ready: torch.cuda.Event | None = None
     loan: Loan | None = None
     time: float = field(default_factory=time.monotonic)
+    sent: float = 0.0
 
     def __post_init__(self) -> None:
         self.total = self.requests
+        self.sent = self.sent or self.time
 
     def drop(self) -> None:
         """One of its requests is done with."""
@@ -114,10 +119,13 @@ class _Arrival:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one block sent of a request: its rows are `arrival.tensors[...][rows]`."""
+    """What one block sent of a request: its rows are `arrival.tensors[...][rows]`.
+
+    `hops` is None unless somebody asked for the request's times.
+    """
 
     request: Request
-    hops: tuple[Hop, ...]
+    hops: tuple[Hop, ...] | None
     arrival: _Arrival
     rows: slice
 
@@ -126,15 +134,18 @@ class _Part:
 class _Item:
     """A request in the queue, with a part from each block that feeds this one.
 
-    `since` is when it was complete, by the host's monotonic clock.
+    `since` is when it was complete and `sent` when its last part set out, by the host's monotonic
+    clock; `hop` is what of the time since then is the way's, in seconds.
     """
 
     request: Request
     route: RouteId
     way: _Way
-    hops: tuple[Hop, ...]
+    hops: tuple[Hop, ...] | None
     parts: Mapping[BlockName | None, _Part]
     since: float
+    sent: float
+    hop: float
 
     def drop(self) -> None:
         for part in self.parts.values():
@@ -173,10 +184,23 @@ class _Way:
 class _Counts:
     requests: dict[PipelineName, int] = field(default_factory=dict)
     failures: int = 0
-    batches: int = 0
     sizes: Buckets = field(default_factory=lambda: Buckets(BATCH_SIZES))
-    compute_ms: float = 0.0
-    queue_ms: float = 0.0
+    compute: Buckets = field(default_factory=lambda: Buckets(BLOCK_SECONDS))
+    queue: Buckets = field(default_factory=lambda: Buckets(BLOCK_SECONDS))
+    hop: Buckets = field(default_factory=lambda: Buckets(BLOCK_SECONDS))
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A batch that a GPU was given and is not known to have done.
+
+    `asked` are those of its requests of which somebody awaits the times.
+    """
+
+    began: torch.cuda.Event
+    ended: torch.cuda.Event
+    numbers: tuple[int, ...]
+    asked: tuple[tuple[RouteId, _Way, Request, Hop], ...]
 
 
 class Block:
@@ -205,6 +229,7 @@ class Block:
         self._on_fatal = on_fatal
         self._slots = slots
         self._fused = tuple(fused)
+        self._plain = encode(Note(block=spec.name))
         self._lost = encode(Note(block=spec.name, error="the request failed at a block before"))
         self._device = torch.device(spec.device)
         self._gpu = self._device.type == "cuda"
@@ -221,8 +246,7 @@ class Block:
         self._peers: dict[tuple[str, bool], Peer] = {}
         self._local_counts: dict[BlockName, list[int]] = {}
         self._counts = _Counts()
-        # Launched and not known to be done: begin, end, the requests in it. Empty on a CPU.
-        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[int]]] = deque()
+        self._launched: deque[_Launch] = deque()  # always empty on a CPU
         self._busy_until = float("-inf")
         self._next_look = 0.0
         self._threads = 0
@@ -252,7 +276,7 @@ class Block:
         route: RouteId,
         source: BlockName,
         requests: Sequence[Request],
-        hops: Sequence[tuple[Hop, ...]],
+        hops: Sequence[tuple[Hop, ...] | None],
         arrival: _Arrival,
     ) -> None:
         """Take requests from a block of the same process."""
@@ -280,15 +304,17 @@ class Block:
         mine = self._report()
         if not self._fused:
             return (mine,)
+        untimed = Buckets(BLOCK_SECONDS).snapshot()
         part = BlockReport(
             block=mine.block,
             requests=mine.requests,
             failures=0,
             queued=0,
             incomplete=0,
-            batches=0,
             batch_sizes=Buckets(BATCH_SIZES).snapshot(),
-            compute_ms=0.0,
+            compute=untimed,
+            queue=untimed,
+            hop=untimed,
             channels=(),
             runner=mine.runner,
             runner_reason=mine.runner_reason,
@@ -318,10 +344,10 @@ class Block:
             failures=counts.failures,
             queued=len(self._queue),
             incomplete=self._joins.waiting,
-            batches=counts.batches,
             batch_sizes=counts.sizes.snapshot(),
-            compute_ms=counts.compute_ms,
-            queue_ms=counts.queue_ms,
+            compute=counts.compute.snapshot(),
+            queue=counts.queue.snapshot(),
+            hop=counts.hop.snapshot(),
             channels=tuple(channels),
             runner=self._runner.kind,
             runner_reason=self._runner.reason,
@@ -407,8 +433,10 @@ class Block:
                 wait: float | None = self._step()
             elif self._stopping:
                 return
+            elif any(launch.asked for launch in self._launched):
+                wait = _ASKED_SECONDS
             else:
-                wait = _LOOK_SECONDS if self._timed or self._joins.waiting else None
+                wait = _LOOK_SECONDS if self._launched or self._joins.waiting else None
             self._loop.run_once(wait)
             self._resolve_times()
             self._expire()
@@ -426,14 +454,15 @@ class Block:
             self._lose(route, note.block, requests)
             return
         arrival = _Arrival(message.tensors, message.release, len(requests), in_slot=True)
-        self._enqueue(route, note.block, requests, note.hops or ((),) * len(requests), arrival)
+        arrival.sent = arrival.time - message.hop
+        self._enqueue(route, note.block, requests, note.hops or (None,) * len(requests), arrival)
 
     def _enqueue(
         self,
         route: RouteId,
         source: BlockName | None,
         requests: Sequence[Request],
-        hops: Sequence[tuple[Hop, ...]],
+        hops: Sequence[tuple[Hop, ...] | None],
         arrival: _Arrival,
     ) -> None:
         way = self._ways.get(route)
@@ -442,22 +471,28 @@ class Block:
             for _ in requests:
                 arrival.drop()
             return
+        # While the block was busy with others, what came waited for it and not for the way.
+        hop = max(0.0, time.monotonic() - max(arrival.sent, self._busy_until))
         start = 0
         wait = False
         for request, past in zip(requests, hops, strict=True):
             part = _Part(request, past, arrival, slice(start, start + request.rows))
             start += request.rows
             if way.sources == {source}:
-                item = _Item(request, route, way, past, {source: part}, arrival.time)
-                self._queue.append(item)
+                parts = {source: part}
+                self._queue.append(
+                    _Item(request, route, way, past, parts, arrival.time, arrival.sent, hop)
+                )
             else:
-                wait |= self._join(route, way, source, part)
+                wait |= self._join(route, way, source, part, hop)
         if wait and arrival.in_slot:
             # Or else blocks that feed this one could wait for slots that are held here until what
             # they have not sent yet arrives.
             arrival.move_to(self._device)
 
-    def _join(self, route: RouteId, way: _Way, source: BlockName | None, part: _Part) -> bool:
+    def _join(
+        self, route: RouteId, way: _Way, source: BlockName | None, part: _Part, hop: float
+    ) -> bool:
         """Take a part of a request and queue the request if it is the last; whether it waits."""
         request = part.request
         found = self._joins.add((route, request.id), way.sources, source, part, request.deadline)
@@ -474,9 +509,14 @@ class Block:
                 )
                 self._fail([(route, way, request)], many)
             case parts:
-                hops = {hop.block: hop for each in parts.values() for hop in each.hops}
+                past = None
+                if part.hops is not None:
+                    known = {h.block: h for each in parts.values() for h in each.hops or ()}
+                    past = tuple(known.values())
                 since = max(each.arrival.time for each in parts.values())
-                self._queue.append(_Item(request, route, way, tuple(hops.values()), parts, since))
+                self._queue.append(
+                    _Item(request, route, way, past, parts, since, part.arrival.sent, hop)
+                )
         return False
 
     def _lose(self, route: RouteId, source: BlockName | None, requests: Sequence[Request]) -> None:
@@ -574,25 +614,19 @@ class Block:
         with self._on_cores():
             outputs = self._runner.run()
         ended = self._event(timing=True)
-        finished = time.monotonic()
-        self._counts.batches += 1
         self._counts.sizes.add(len(batch))
-        self._counts.queue_ms += sum(started - item.since for item in batch) * 1e3
-        if began is not None and ended is not None:
-            self._timed.append((began, ended, [item.request.id for item in batch]))
-        else:
-            self._counts.compute_ms += (finished - started) * 1e3
-        hops = [
-            (
-                *item.hops,
-                Hop(
-                    self.spec.name,
-                    (started - item.since) * 1e3,
-                    (finished - started) * 1e3,
-                ),
+        computed = None if self._gpu else time.monotonic() - started
+        hops = [self._hops(item, started, computed) for item in batch]
+        if computed is not None:
+            self._counts.compute.add(computed)
+        elif began is not None and ended is not None:
+            numbers = tuple(item.request.id for item in batch)
+            asked = tuple(
+                (item.route, item.way, item.request, mine[-1])
+                for item, mine in zip(batch, hops, strict=True)
+                if mine is not None
             )
-            for item in batch
-        ]
+            self._launched.append(_Launch(began, ended, numbers, asked))
         # Outputs of a block that is a mere view lie in memory that is lent to it.
         lent = {each.untyped_storage().data_ptr() for parts in inputs.values() for each in parts}
         for first, last, start, rows in _messages(batch):
@@ -603,6 +637,16 @@ class Block:
                 for name, tensor in outputs.items()
             }
             self._hand_on(batch[first:last], hops[first:last], mine, lent)
+
+    def _hops(self, item: _Item, started: float, computed: float | None) -> tuple[Hop, ...] | None:
+        """Count a request's times; gives them with those from before if somebody asked for them."""
+        queued = max(0.0, started - item.sent - item.hop)
+        self._counts.queue.add(queued)
+        self._counts.hop.add(item.hop)
+        if item.hops is None:
+            return None
+        compute_ms = None if computed is None else computed * 1e3
+        return (*item.hops, Hop(self.spec.name, item.hop * 1e3, queued * 1e3, compute_ms))
 
     @contextlib.contextmanager
     def _on_cores(self) -> Iterator[None]:
@@ -657,7 +701,7 @@ class Block:
     def _hand_on(
         self,
         items: Sequence[_Item],
-        hops: Sequence[tuple[Hop, ...]],
+        hops: Sequence[tuple[Hop, ...] | None],
         outputs: Mapping[str, Tensor],
         lent: set[int],
     ) -> None:
@@ -665,7 +709,8 @@ class Block:
         way, route = items[0].way, items[0].route
         requests = tuple(item.request for item in items)
         deadlines = [request.deadline for request in requests]
-        note = encode(Note(tuple(hops), self.spec.name))
+        timed = any(each is not None for each in hops)
+        note = encode(Note(tuple(hops), self.spec.name)) if timed else self._plain
         for number, leg in enumerate(way.legs):
             mine = {name: outputs[name] for name in leg.outputs}
             if isinstance(leg.to, Block):
@@ -756,18 +801,30 @@ class Block:
         return event
 
     def _resolve_times(self) -> None:
-        """Add up device times that are known by now; waits for none."""
+        """Count device times that are known by now, and tell who asked; waits for none."""
         known = False
-        while self._timed and self._timed[0][1].query():
-            began, ended, _ = self._timed.popleft()
-            self._counts.compute_ms += began.elapsed_time(ended)
+        while self._launched and self._launched[0].ended.query():
+            launch = self._launched.popleft()
+            milliseconds = launch.began.elapsed_time(launch.ended)
+            self._counts.compute.add(milliseconds / 1e3)
+            for route, way, request, hop in launch.asked:
+                known_hop = msgspec.structs.replace(hop, compute_ms=milliseconds)
+                self._tell(route, way, request, known_hop)
             known = True
         if known:
             self._write_ledger([])
 
+    def _tell(self, route: RouteId, way: _Way, request: Request, hop: Hop) -> None:
+        """Send a request's gateway a hop that was not known when the outputs were sent."""
+        if self._ways.get(route) is not way:
+            return  # it was retired: nobody waits for this any more
+        note = encode(Note(((hop,),), self.spec.name))
+        with contextlib.suppress(PeerLost):
+            self._push.send({}, to=way.results, requests=(request,), route=route, note=note)
+
     def _write_ledger(self, beginning: Iterable[int]) -> None:
         """Say what is being computed: what begins now, and what a GPU has not finished."""
-        launched = (number for _, _, numbers in self._timed for number in numbers)
+        launched = (number for launch in self._launched for number in launch.numbers)
         self._ledger.write([*launched, *beginning])
 
     # The thread: routes

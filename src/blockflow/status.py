@@ -64,6 +64,15 @@ class BlockStatus(_Frozen):
     queued: int = Field(0, description="requests that wait at the block now")
     incomplete: int = Field(0, description="requests of which a part is still to come")
     batch_sizes: Histogram | None = Field(None, description="requests computed together")
+    compute_seconds: Histogram | None = Field(
+        None, description="seconds of each computation, on a GPU by the device's own events"
+    )
+    queue_seconds: Histogram | None = Field(
+        None, description="seconds that each computed request waited at the block"
+    )
+    hop_seconds: Histogram | None = Field(
+        None, description="seconds that each computed request was on its way to the block"
+    )
     compute_ms_mean: float | None = Field(
         None, description="mean time of one computation, in milliseconds"
     )

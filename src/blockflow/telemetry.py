@@ -17,7 +17,6 @@ from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
-    SummaryMetricFamily,
 )
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
@@ -153,14 +152,19 @@ def _of_blocks(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:
         "Requests of which the block still awaits a part.",
         labels=["block"],
     )
-    compute = SummaryMetricFamily(
+    compute = HistogramMetricFamily(
         "blockflow_block_compute_seconds",
-        "Computations of the block, and the time that they took together.",
+        "Time that a computation of the block took; on a GPU by the device's own events.",
         labels=["block"],
     )
-    waiting = SummaryMetricFamily(
+    waiting = HistogramMetricFamily(
         "blockflow_block_queue_seconds",
-        "Requests that were computed, and the time that they had waited at the block together.",
+        "Time that a computed request had waited at the block.",
+        labels=["block"],
+    )
+    hop = HistogramMetricFamily(
+        "blockflow_block_hop_seconds",
+        "Time that a computed request was on its way from the block before, or the gateway.",
         labels=["block"],
     )
     batches = HistogramMetricFamily(
@@ -180,20 +184,18 @@ def _of_blocks(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:
         incomplete.add_metric([block.name], block.incomplete)
         if block.batch_sizes is not None:
             _add_histogram(batches, [block.name], block.batch_sizes)
-            # Each computation is counted once in the histogram: that is how many there were.
-            times = sum(block.batch_sizes.counts)
-            seconds = times * (block.compute_ms_mean or 0.0) / 1000
-            compute.add_metric([block.name], count_value=times, sum_value=seconds)
-            waited = block.batch_sizes.sum * (block.queue_ms_mean or 0.0) / 1000
-            waiting.add_metric(
-                [block.name], count_value=int(block.batch_sizes.sum), sum_value=waited
-            )
+        if block.compute_seconds is not None:
+            _add_histogram(compute, [block.name], block.compute_seconds)
+        if block.queue_seconds is not None:
+            _add_histogram(waiting, [block.name], block.queue_seconds)
+        if block.hop_seconds is not None:
+            _add_histogram(hop, [block.name], block.hop_seconds)
         for channel in block.channels:
             sums = traffic[block.name, channel.peer, channel.carrier]
             sums[0] += channel.messages
             sums[1] += channel.bytes
             sums[2] += channel.host_bytes
-    yield from (info, state, requests, queued, incomplete, compute, waiting, batches)
+    yield from (info, state, requests, queued, incomplete, compute, waiting, hop, batches)
     labels = ["block", "peer", "carrier"]
     for place, (name, text) in enumerate(
         (

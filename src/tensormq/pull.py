@@ -74,6 +74,11 @@ class Message:
     def carrier(self) -> Carrier:
         return self._channel.statistics.carrier
 
+    @property
+    def hop(self) -> float:
+        """Seconds from its announcement until it was taken; 0.0 from another host's clock."""
+        return self._hop / 1e9
+
     def release(self) -> None:
         """Give the slot back; the second and later calls do nothing."""
         if not self._released:

@@ -36,6 +36,9 @@ def infer(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="save the outputs to this .npz file")
     ] = None,
+    timing: Annotated[
+        bool, typer.Option("--timing", help="Say where the request's time went.")
+    ] = False,
     server: Annotated[str, typer.Option(help="the server's inference address")] = INFERENCE,
 ) -> None:
     """Send one request to a pipeline and summarise the answer."""
@@ -50,7 +53,11 @@ def infer(
         if random:
             arrays = _made_up(client, pipeline, rows) | arrays
         start = time.perf_counter()
-        answers = client.infer(pipeline, arrays)
+        timings = None
+        if timing:
+            answers, timings = client.infer_timed(pipeline, arrays)
+        else:
+            answers = client.infer(pipeline, arrays)
         took_ms = (time.perf_counter() - start) * 1e3
     console = Console()
     print_table(
@@ -69,6 +76,13 @@ def infer(
             for name, array in answers.items()
         ),
     )
+    if timings is not None:
+        print_table(
+            console,
+            ("~block", ">hop ms", ">queue ms", ">compute ms"),
+            ((each.block, *(f"{value:.3f}" for value in each[1:])) for each in timings.blocks),
+        )
+        console.print(f"{timings.total_ms:.1f} ms in the server", highlight=False)
     console.print(f"answered in {took_ms:.1f} ms", highlight=False)
     if output is not None:
         _save(output, answers)

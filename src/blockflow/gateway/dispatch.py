@@ -37,13 +37,15 @@ from blockflow.protocol import (
     Hop,
     Incarnation,
     Model,
+    Note,
     PipelineCount,
     Route,
     RouteId,
     Step,
     decode_note,
+    encode,
 )
-from blockflow.topology import PipelineName
+from blockflow.topology import BlockName, PipelineName
 from tensormq import Filling, Loop, Message, Peer, Pull, Push, Request, TensorMQError, slot_size
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,9 @@ _TRIES = 3
 """How often a request is sent before the gateway gives up on it."""
 _DEATHS = 2
 """After how many deaths of workers that computed it a request is taken for their cause."""
+
+_TIMED = encode(Note(hops=((),)))
+"""What travels with a request of which the times are wanted."""
 
 _T = TypeVar("_T")
 
@@ -66,10 +71,13 @@ class _Stranded(Exception):
 
 @dataclass(frozen=True)
 class _Part:
-    """Outputs that came from one block, by the names that clients use, and the way there."""
+    """Outputs that came from one block, by the names that clients use, and times on the way there.
+
+    Without outputs, times that became known later.
+    """
 
     outputs: Mapping[str, oip.TensorValue]
-    hops: tuple[Hop, ...]
+    hops: tuple[Hop, ...] | None
 
 
 _Outcome: TypeAlias = _Part | BlockFlowError | _Stranded
@@ -131,12 +139,16 @@ class _Counts:
 
 @dataclass
 class _Pending:
-    """A request in the blocks. It holds its place until they are done with it, wanted or not."""
+    """A request in the blocks. It holds its place until they are done with it, wanted or not.
+
+    `began`: when its client's request was there, if the times are wanted.
+    """
 
     place: _Place
     answer: asyncio.Future[oip.InferResult]
+    began: float | None
     outputs: dict[str, oip.TensorValue] = field(default_factory=dict)
-    hops: dict[str, Hop] = field(default_factory=dict)
+    times: dict[BlockName, oip.BlockTiming] = field(default_factory=dict)
 
     @property
     def given_up(self) -> bool:
@@ -146,14 +158,21 @@ class _Pending:
     def add(self, part: _Part) -> oip.InferResult | None:
         """Take what one block gave, and give the answer if that was the last part of it."""
         self.outputs.update(part.outputs)
-        self.hops.update((hop.block, hop) for hop in part.hops)
+        for hop in part.hops or ():
+            if hop.compute_ms is not None:
+                self.times[hop.block] = oip.BlockTiming(
+                    hop.block, hop.hop_ms, hop.queue_ms, hop.compute_ms
+                )
         route = self.place.way.route
         if len(self.outputs) < len(route.outputs):
             return None
-        outputs = [self.outputs[port.name] for port in route.outputs]
-        passed = [self.hops[step.block] for step in route.steps if step.block in self.hops]
-        timings = [(hop.block, hop.compute_ms) for hop in passed]
-        return oip.InferResult(outputs, timings)
+        timings = None
+        if self.began is not None:
+            if len(self.times) < len(route.steps):
+                return None
+            took = (time.monotonic() - self.began) * 1e3
+            timings = oip.Timings(took, tuple(self.times[step.block] for step in route.steps))
+        return oip.InferResult([self.outputs[port.name] for port in route.outputs], timings)
 
 
 class BlockDispatcher:
@@ -229,7 +248,7 @@ class BlockDispatcher:
         try:
             try:
                 async with asyncio.timeout(seconds):
-                    result = await self._persist(model, request, start + seconds)
+                    result = await self._persist(model, request, start, start + seconds)
             except TimeoutError:
                 status = self.models().get(model.name)
                 why = f": {status.reason}" if status is not None and status.reason else ""
@@ -243,14 +262,14 @@ class BlockDispatcher:
         return result
 
     async def _persist(
-        self, model: oip.ModelMetadata, request: oip.InferRequest, deadline: float
+        self, model: oip.ModelMetadata, request: oip.InferRequest, start: float, deadline: float
     ) -> oip.InferResult:
         broken: RouteId | None = None
         deaths = 0
         for attempt in itertools.count(1):
             place = await self._enter(model.name, request.rows, deadline, broken)
             try:
-                return await self._attempt(place, model, request, deadline)
+                return await self._attempt(place, model, request, start, deadline)
             except _Stranded as stranded:
                 broken = place.way.route.id
                 deaths += stranded.suspected
@@ -345,7 +364,12 @@ class BlockDispatcher:
             self._advance(model)
 
     async def _attempt(
-        self, place: _Place, model: oip.ModelMetadata, request: oip.InferRequest, deadline: float
+        self,
+        place: _Place,
+        model: oip.ModelMetadata,
+        request: oip.InferRequest,
+        start: float,
+        deadline: float,
     ) -> oip.InferResult:
         route = place.way.route
         ours = (route.inputs, route.outputs) == (model.inputs, model.outputs)
@@ -357,10 +381,17 @@ class BlockDispatcher:
                 "the request was on its way; send it again"
             )
         number = next(self._ids)
-        pending = _Pending(place, self._asyncio.create_future())
+        began = start if request.timing else None
+        pending = _Pending(place, self._asyncio.create_future(), began)
         self._pending[number] = place.way.under_way[number] = pending
         envelope = Request(number, request.rows, deadline)
-        self._tensors.submit(place.way, request.inputs, envelope, lambda: not pending.given_up)
+        self._tensors.submit(
+            place.way,
+            request.inputs,
+            envelope,
+            _TIMED if request.timing else b"",
+            lambda: not pending.given_up,
+        )
         try:
             return await pending.answer
         finally:
@@ -469,6 +500,7 @@ class _Outgoing:
     way: _Way
     inputs: Mapping[str, oip.TensorValue]
     request: Request
+    note: bytes
     wanted: Callable[[], bool]
 
     @property
@@ -512,10 +544,11 @@ class _TensorThread:
         way: _Way,
         inputs: Iterable[oip.TensorValue],
         request: Request,
+        note: bytes,
         wanted: Callable[[], bool],
     ) -> None:
         """Write `inputs` into slots of the first blocks' channels and send them."""
-        outgoing = _Outgoing(way, {tensor.name: tensor for tensor in inputs}, request, wanted)
+        outgoing = _Outgoing(way, {tensor.name: tensor for tensor in inputs}, request, note, wanted)
         self._loop.call_soon(lambda: self._outgoing.append(outgoing))
 
     def open(self, route: Route) -> Future[_Way]:
@@ -610,13 +643,14 @@ class _TensorThread:
                 self._outgoing.append(outgoing)
             else:
                 try:
-                    self._send(outgoing.way, outgoing.inputs, outgoing.request)
+                    self._send(outgoing)
                 except TensorMQError as error:
                     reason = f"the first block cannot be reached: {error}"
                     self._answer(number, _Stranded(reason))
 
-    def _send(self, way: _Way, inputs: Mapping[str, oip.TensorValue], request: Request) -> None:
+    def _send(self, outgoing: _Outgoing) -> None:
         """Send all that is needed or nothing. Raises TensorMQError."""
+        way, inputs = outgoing.way, outgoing.inputs
         fillings: list[Filling] = []
         try:
             for entry, names in zip(way.entries, way.takes, strict=True):
@@ -630,7 +664,13 @@ class _TensorThread:
                     raw: np.ndarray[Any, Any] = filling.tensors[name].reshape(-1).view(np.uint8)
                     raw[:] = np.frombuffer(inputs[name].data, np.uint8)
             for entry, filling in zip(way.entries, fillings, strict=True):
-                entry.push.send(filling, to=entry.peer, requests=(request,), route=way.route.id)
+                entry.push.send(
+                    filling,
+                    to=entry.peer,
+                    requests=(outgoing.request,),
+                    route=way.route.id,
+                    note=outgoing.note,
+                )
         finally:
             for filling in fillings:
                 filling.abandon()
@@ -649,13 +689,15 @@ class _TensorThread:
         route = self._routes.get(RouteId(message.route))
         if route is None:
             return  # it was retired: nobody waits for this any more
+        # A message without tensors tells of times only.
         given = [
             (port, source.port)
             for port in route.outputs
-            if (source := route.gives[port.name]).block == note.block
+            if message.tensors and (source := route.gives[port.name]).block == note.block
         ]
         start = 0
-        for request, hops in zip(message.requests, note.hops, strict=True):
+        every = note.hops or (None,) * len(message.requests)
+        for request, hops in zip(message.requests, every, strict=True):
             rows = slice(start, start + request.rows)
             start += request.rows
             outputs = {}

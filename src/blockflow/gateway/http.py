@@ -20,7 +20,7 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -192,7 +192,7 @@ class _Gateway:
             body = await _receive_body(request, self._limits, lease)
             parsed = oip.parse_request(body, header_length, status.metadata)
             result = await self._infer_while_connected(request, status.metadata, parsed)
-        encoded = oip.encode_response(status.metadata, parsed, result.outputs)
+        encoded = oip.encode_response(status.metadata, parsed, result.outputs, result.timings)
         return _Pieces(encoded, result.timings)
 
     async def _infer_while_connected(
@@ -364,14 +364,10 @@ _CLIENT_CLOSED_REQUEST = 499
 class _Pieces(Response):
     """A response whose body is sent piece by piece, so that tensors are not joined first."""
 
-    def __init__(self, encoded: oip.Encoded, timings: Sequence[tuple[str, float]]) -> None:
+    def __init__(self, encoded: oip.Encoded, timings: oip.Timings | None) -> None:
         super().__init__(headers=encoded.headers)
-        if timings:
-            # Names become tokens (RFC 9110): whatever else they hold must not end the header.
-            self.headers["Server-Timing"] = ", ".join(
-                f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)};dur={milliseconds:.3f}"
-                for name, milliseconds in timings
-            )
+        if timings is not None:
+            self.headers["Server-Timing"] = _server_timing(timings)
         self._pieces = encoded.chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -379,6 +375,19 @@ class _Pieces(Response):
         for piece in self._pieces:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _server_timing(timings: oip.Timings) -> str:
+    named = [("total", timings.total_ms)]
+    for each in timings.blocks:
+        # Names become tokens (RFC 9110): whatever else they hold must not end the header.
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", each.block)
+        named += [
+            (f"{name}.hop", each.hop_ms),
+            (f"{name}.queue", each.queue_ms),
+            (f"{name}.compute", each.compute_ms),
+        ]
+    return ", ".join(f"{name};dur={milliseconds:.3f}" for name, milliseconds in named)
 
 
 def _json(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
