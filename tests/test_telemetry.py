@@ -15,7 +15,14 @@ from starlette.applications import Starlette
 
 from blockflow import telemetry
 from blockflow.devices import Device, Survey
-from blockflow.status import BlockState, BlockStatus, ChannelStatus, Histogram, PipelineStatus
+from blockflow.status import (
+    BlockState,
+    BlockStatus,
+    ChannelStatus,
+    GatewayStatus,
+    Histogram,
+    PipelineStatus,
+)
 from blockflow.topology import Generation, Topology
 from fake_controller import DIGEST, WANTED, FakeController
 
@@ -59,9 +66,13 @@ class Observed:
     """What a controller says, as the test wants it."""
 
     def __init__(
-        self, pipelines: Iterable[PipelineStatus] = (), blocks: Iterable[BlockStatus] = ()
+        self,
+        pipelines: Iterable[PipelineStatus] = (),
+        blocks: Iterable[BlockStatus] = (),
+        gateway: GatewayStatus | None = None,
     ) -> None:
         self._pipelines, self._blocks = list(pipelines), list(blocks)
+        self._gateway = gateway or GatewayStatus(ready=False)
 
     def topology(self) -> tuple[Generation, Topology]:
         return Generation(7), Topology()
@@ -71,6 +82,9 @@ class Observed:
 
     def pipelines(self) -> list[PipelineStatus]:
         return self._pipelines
+
+    async def gateway(self) -> GatewayStatus:
+        return self._gateway
 
 
 def scrape(observed: Any, devices: tuple[Device, ...] = (CPU,), accept: str = "") -> httpx.Response:
@@ -172,6 +186,33 @@ def test_blocks_are_counted() -> None:
     assert value(samples, "block_info", **info) == 1
 
 
+def test_hops_are_counted_by_carrier_and_the_gateway_is_a_sender() -> None:
+    found = Histogram(bounds=(0.001, 0.01), counts=(1, 2, 4), sum=0.5)
+    to_trunk = ChannelStatus(peer="trunk", carrier="shm", messages=3, bytes=300, host_bytes=300)
+    samples = read(
+        scrape(
+            Observed(
+                blocks=[block(hops={"shm": found, "local": found})],
+                gateway=GatewayStatus(
+                    ready=True, host_memory_bytes=GIB, hops={"shm": found}, channels=(to_trunk,)
+                ),
+            )
+        ).text
+    )
+    for name, labels in (
+        ("block_hop_seconds", {"block": "trunk", "carrier": "shm"}),
+        ("block_hop_seconds", {"block": "trunk", "carrier": "local"}),
+        ("gateway_hop_seconds", {"carrier": "shm"}),
+    ):
+        assert value(samples, f"{name}_bucket", **labels, le="0.01") == 3
+        assert value(samples, f"{name}_count", **labels) == 7
+        assert value(samples, f"{name}_sum", **labels) == 0.5
+    sent = {"block": "gateway", "peer": "trunk", "carrier": "shm"}
+    assert value(samples, "channel_messages_total", **sent) == 3
+    assert value(samples, "channel_host_bytes_total", **sent) == 300
+    assert value(samples, "gateway_resident_memory_bytes") == GIB
+
+
 @pytest.mark.parametrize("state", BlockState)
 def test_a_block_is_in_one_state(state: BlockState) -> None:
     samples = read(scrape(Observed(blocks=[block(state=state)])).text)
@@ -232,8 +273,10 @@ def everything() -> Observed:
                 channels=(channel,),
                 host_memory_bytes=1,
                 device_memory_bytes=1,
+                hops={"shm": histogram},
             )
         ],
+        GatewayStatus(ready=True, host_memory_bytes=1, hops={"shm": histogram}),
     )
 
 
@@ -248,7 +291,7 @@ def test_openmetrics_where_it_is_asked_for() -> None:
 def test_names_follow_the_conventions() -> None:
     """Counters end in `_total`, units are base units, and every metric says what it is."""
     families = list(parse_text(scrape(everything(), (GPU,)).text))
-    assert len(families) == 25
+    assert len(families) == 28
     for family in families:
         assert re.fullmatch(r"blockflow_[a-z]+(_[a-z]+)+", family.name)
         assert family.documentation.endswith(".")

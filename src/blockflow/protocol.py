@@ -196,7 +196,8 @@ class BlockReport(msgspec.Struct, frozen=True):
     from their arrival at the block to their batch, summed over them. `runner` is "cuda graph" or
     "eager"; `runner_reason` says why a block on a GPU runs eagerly. A block that is run in one go
     with the ones before it is `fused_into` the first of them: what can be told of all of them
-    together is told there, and the last one has the channels.
+    together is told there, and the last one has the channels. `hops` are the seconds from the
+    announcement of tensors for the block until it took them, by carrier.
     """
 
     block: BlockName
@@ -212,6 +213,7 @@ class BlockReport(msgspec.Struct, frozen=True):
     queue_ms: float = 0.0
     runner_reason: str | None = None
     fused_into: BlockName | None = None
+    hops: dict[str, Histogram] = {}
 
 
 class WorkerReport(msgspec.Struct, frozen=True, tag="worker"):
@@ -227,10 +229,15 @@ class PipelineCount(msgspec.Struct, frozen=True):
 
 
 class GatewayReport(msgspec.Struct, frozen=True, tag="gateway"):
-    """Per pipeline; `url` is where the inference API listens."""
+    """Per pipeline; `url` is where the inference API listens.
+
+    `channels` lead to first blocks; `hops` are those of answers, as in `BlockReport`.
+    """
 
     url: str
     pipelines: dict[PipelineName, PipelineCount]
+    channels: tuple[ChannelReport, ...] = ()
+    hops: dict[str, Histogram] = {}
 
 
 FromChild: TypeAlias = Hello | Done | Failed | WorkerReport | GatewayReport

@@ -25,7 +25,7 @@ from torch import Tensor
 from blockflow.artifact import BATCH
 from blockflow.batching import Limits, Waiting, decide
 from blockflow.cores import Cores
-from blockflow.counting import BATCH_SIZES, Buckets
+from blockflow.counting import BATCH_SIZES, Buckets, Hops
 from blockflow.errors import (
     BlockFailed,
     BlockFlowError,
@@ -177,6 +177,7 @@ class _Counts:
     sizes: Buckets = field(default_factory=lambda: Buckets(BATCH_SIZES))
     compute_ms: float = 0.0
     queue_ms: float = 0.0
+    hops: Hops = field(default_factory=Hops)
 
 
 class Block:
@@ -256,7 +257,12 @@ class Block:
         arrival: _Arrival,
     ) -> None:
         """Take requests from a block of the same process."""
-        self._loop.call_soon(lambda: self._enqueue(route, source, requests, hops, arrival))
+
+        def take() -> None:
+            self._counts.hops.add("local", time.monotonic() - arrival.time)
+            self._enqueue(route, source, requests, hops, arrival)
+
+        self._loop.call_soon(take)
 
     def lose(self, route: RouteId, source: BlockName, requests: Sequence[Request]) -> None:
         """Hear that requests failed at a block of the same process that feeds this one."""
@@ -322,6 +328,7 @@ class Block:
             batch_sizes=counts.sizes.snapshot(),
             compute_ms=counts.compute_ms,
             queue_ms=counts.queue_ms,
+            hops=counts.hops.snapshot(),
             channels=tuple(channels),
             runner=self._runner.kind,
             runner_reason=self._runner.reason,
@@ -425,6 +432,8 @@ class Block:
             message.release()
             self._lose(route, note.block, requests)
             return
+        if message.hop is not None:
+            self._counts.hops.add(str(message.carrier), message.hop)
         arrival = _Arrival(message.tensors, message.release, len(requests), in_slot=True)
         self._enqueue(route, note.block, requests, note.hops or ((),) * len(requests), arrival)
 

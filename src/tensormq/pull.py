@@ -74,6 +74,14 @@ class Message:
     def carrier(self) -> Carrier:
         return self._channel.statistics.carrier
 
+    @property
+    def hop(self) -> float | None:
+        """Seconds from the announcement of its tensors until it was taken here.
+
+        None where nobody knows: without tensors, or from a producer with another clock.
+        """
+        return self._hop / 1e9 if self._hop else None
+
     def release(self) -> None:
         """Give the slot back; the second and later calls do nothing."""
         if not self._released:
@@ -164,13 +172,13 @@ class _Channel:
         self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
     ) -> Message:
         tensors = self._tensors(descriptor, layout, payload)
-        hop = self._since(descriptor.sent)
+        hop = self._since(descriptor.sent) if layout.specs else 0
         statistics = self.statistics
         statistics.messages += 1
         statistics.bytes += layout.nbytes
         if self._device is None:
             statistics.host_bytes += layout.nbytes
-        if hop and layout.specs:
+        if hop:
             statistics.hops.add(hop)
         return Message(self, descriptor, tensors, hop)
 
