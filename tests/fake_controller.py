@@ -15,6 +15,7 @@ from blockflow.status import (
     ChannelStatus,
     Event,
     EventKind,
+    GatewayStatus,
     GenerationRecord,
     Outcome,
     PipelineStatus,
@@ -153,6 +154,19 @@ class FakeController:
             )
             for name, pipeline in self.current.pipelines.items()
         ]
+
+    async def gateway(self) -> GatewayStatus:
+        channels = tuple(
+            ChannelStatus(peer=first, carrier="shm", messages=4, bytes=2048, host_bytes=2048)
+            for first in list(self.current.blocks)[:1]
+        )
+        return GatewayStatus(
+            pid=43,
+            url="http://127.0.0.1:8000",
+            ready=True,
+            host_memory_bytes=60 << 20,
+            channels=channels,
+        )
 
     def mps(self) -> dict[str, Mps]:
         return {}

@@ -195,6 +195,9 @@ def test_blocks_and_pipelines_are_listed(http: Http, controller: FakeController)
     }
     (pipeline,) = http("GET", "/v1/pipelines").json()
     assert (pipeline["name"], pipeline["blocks"], pipeline["ready"]) == ("p", ["a", "b"], True)
+    gateway = http("GET", "/v1/gateway").json()
+    assert (gateway["pid"], gateway["ready"]) == (43, True)
+    assert [channel["peer"] for channel in gateway["channels"]] == ["a"]
 
 
 def test_devices_are_listed(http: Http) -> None:
@@ -283,6 +286,7 @@ def test_the_api_describes_itself(http: Http) -> None:
         "/v1/blocks/{name}/restart",
         "/v1/pipelines",
         "/v1/pipelines/{name}",
+        "/v1/gateway",
         "/v1/events",
         "/v1/devices",
         "/v1/artifacts/{digest}",

@@ -455,14 +455,24 @@ def test_status_shows_everything_within_80_columns(
     controller.states = {"b": (BlockState.STARTING, "loads [3 of 4] files")}
     output = run("status", "--server", control).output
     assert max(map(len, output.splitlines())) <= 80
-    for words in ("starting", "ready", "cuda:10", "3.1 kB", "shm", "loads [3 of 4] files"):
+    for words in (
+        "starting",
+        "ready",
+        "cuda:10",
+        "3.1 kB",
+        "gateway",
+        "shm",
+        "loads [3 of 4] files",
+    ):
         assert words in output
 
 
 def test_status_as_json(control: str, controller: FakeController) -> None:
     controller.current = WANTED
     shown = json.loads(run("status", "--json", "--server", control).output)
-    assert set(shown) == {"generation", "pipelines", "blocks", "devices", "problem"}
+    keys = {"generation", "pipelines", "blocks", "gateway", "devices", "problem"}
+    assert set(shown) == keys
+    assert [channel["peer"] for channel in shown["gateway"]["channels"]] == ["a"]
     assert [block["name"] for block in shown["blocks"]] == ["a", "b"]
     assert shown["devices"][0]["name"] == "cpu"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -12,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from torch import Tensor, nn
@@ -131,6 +134,64 @@ def test_twenty_updates_of_every_kind_under_load(
         life = ["worker_started", "worker_ready", "worker_stopped"]
         assert life_of == [*life, *life, "worker_started", "worker_ready"][: len(life_of)]
         assert [e["number"] for e in events] == [*range(1, len(events) + 1)]
+
+
+def test_few_workers_start_at_once_while_others_serve(
+    store: Store, base: dict[str, Any], directory: Path
+) -> None:
+    """On two cores, one after the other; before anything serves, all of them together."""
+    two_cores = (
+        "import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2]); "
+        "from blockflow.cli import main; main()"
+    )
+    with Server(directory, base, program=["-c", two_cores]) as server:
+        server.wait_ready()
+        server.control.put_topology(
+            {**base, "blocks": {n: {**b, "max_batch": 4} for n, b in base["blocks"].items()}}
+        )
+        with contextlib.closing(server.control.events()) as events:
+            happened = list(itertools.takewhile(lambda e: e["subject"] != "2", events))
+    first = [e["kind"] for e in happened if e["kind"] in {"worker_started", "worker_ready"}]
+    assert first == ["worker_started"] * 3 + ["worker_ready"] * 3 + [
+        "worker_started", "worker_ready"] * 3  # fmt: skip
+
+
+def test_what_is_handed_over_is_counted_with_its_hops(
+    base: dict[str, Any], directory: Path
+) -> None:
+    """From the gateway through the blocks and back, and as Prometheus reads it."""
+    together = {"one": {"worker": "w"}, "two": {"worker": "w", "fuse": False}}
+    wanted = {
+        **base,
+        "blocks": {n: {**b, **together.get(n, {})} for n, b in base["blocks"].items()},
+    }
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        for _ in range(5):
+            server.inference.infer("a", {"x": some_rows(2)})
+
+        def hops() -> dict[str, int]:
+            found = {b["name"]: b["hop_seconds"] for b in server.control.blocks()}
+            found["gateway"] = server.control.gateway()["hops"].get("shm")
+            return {name: sum(each["counts"]) if each else 0 for name, each in found.items()}
+
+        everywhere = dict.fromkeys(("one", "two", "three", "gateway"), 5)
+        wait_for(lambda: hops() == everywhere, 5, "reports")
+        gateway = server.control.gateway()
+        assert gateway["ready"]
+        assert gateway["host_memory_bytes"] > 1 << 20
+        (channel,) = gateway["channels"]
+        sent = 5 * some_rows(2).nbytes
+        counts = {"messages": 5, "bytes": sent, "host_bytes": sent}
+        assert channel == {"peer": "one", "carrier": "shm", **counts}
+        url = f"http://127.0.0.1:{server.control_port}/metrics"
+        metrics = httpx.get(url, trust_env=False).text
+        for line in (
+            'blockflow_block_hop_seconds_count{block="two"} 5.0',
+            'blockflow_gateway_hop_seconds_count{carrier="shm"} 5.0',
+            f'blockflow_channel_bytes_total{{block="gateway",carrier="shm",peer="one"}} {sent}.0',
+        ):
+            assert line in metrics
 
 
 def test_every_worker_is_killed_in_turn_under_load(base: dict[str, Any], directory: Path) -> None:

@@ -15,7 +15,14 @@ from starlette.applications import Starlette
 
 from blockflow import telemetry
 from blockflow.devices import Device, Survey
-from blockflow.status import BlockState, BlockStatus, ChannelStatus, Histogram, PipelineStatus
+from blockflow.status import (
+    BlockState,
+    BlockStatus,
+    ChannelStatus,
+    GatewayStatus,
+    Histogram,
+    PipelineStatus,
+)
 from blockflow.topology import Generation, Topology
 from fake_controller import DIGEST, WANTED, FakeController
 
@@ -59,9 +66,13 @@ class Observed:
     """What a controller says, as the test wants it."""
 
     def __init__(
-        self, pipelines: Iterable[PipelineStatus] = (), blocks: Iterable[BlockStatus] = ()
+        self,
+        pipelines: Iterable[PipelineStatus] = (),
+        blocks: Iterable[BlockStatus] = (),
+        gateway: GatewayStatus | None = None,
     ) -> None:
         self._pipelines, self._blocks = list(pipelines), list(blocks)
+        self._gateway = gateway or GatewayStatus(ready=False)
 
     def topology(self) -> tuple[Generation, Topology]:
         return Generation(7), Topology()
@@ -71,6 +82,9 @@ class Observed:
 
     def pipelines(self) -> list[PipelineStatus]:
         return self._pipelines
+
+    async def gateway(self) -> GatewayStatus:
+        return self._gateway
 
 
 def scrape(observed: Any, devices: tuple[Device, ...] = (CPU,), accept: str = "") -> httpx.Response:
@@ -177,6 +191,28 @@ def test_blocks_are_counted() -> None:
     assert value(samples, "block_info", **info) == 1
 
 
+def test_the_gateway_sends_and_counts_hops_by_carrier() -> None:
+    found = Histogram(bounds=(0.001, 0.01), counts=(1, 2, 4), sum=0.5)
+    to_trunk = ChannelStatus(peer="trunk", carrier="shm", messages=3, bytes=300, host_bytes=300)
+    samples = read(
+        scrape(
+            Observed(
+                blocks=[block()],
+                gateway=GatewayStatus(
+                    ready=True, host_memory_bytes=GIB, hops={"shm": found}, channels=(to_trunk,)
+                ),
+            )
+        ).text
+    )
+    assert value(samples, "gateway_hop_seconds_bucket", carrier="shm", le="0.01") == 3
+    assert value(samples, "gateway_hop_seconds_count", carrier="shm") == 7
+    assert value(samples, "gateway_hop_seconds_sum", carrier="shm") == 0.5
+    sent = {"block": "gateway", "peer": "trunk", "carrier": "shm"}
+    assert value(samples, "channel_messages_total", **sent) == 3
+    assert value(samples, "channel_host_bytes_total", **sent) == 300
+    assert value(samples, "gateway_resident_memory_bytes") == GIB
+
+
 @pytest.mark.parametrize("state", BlockState)
 def test_a_block_is_in_one_state(state: BlockState) -> None:
     samples = read(scrape(Observed(blocks=[block(state=state)])).text)
@@ -242,6 +278,7 @@ def everything() -> Observed:
                 device_memory_bytes=1,
             )
         ],
+        GatewayStatus(ready=True, host_memory_bytes=1, hops={"shm": histogram}),
     )
 
 
@@ -256,7 +293,7 @@ def test_openmetrics_where_it_is_asked_for() -> None:
 def test_names_follow_the_conventions() -> None:
     """Counters end in `_total`, units are base units, and every metric says what it is."""
     families = list(parse_text(scrape(everything(), (GPU,)).text))
-    assert len(families) == 26
+    assert len(families) == 28
     for family in families:
         assert re.fullmatch(r"blockflow_[a-z]+(_[a-z]+)+", family.name)
         assert family.documentation.endswith(".")

@@ -291,6 +291,18 @@ def test_statistics_of_a_channel(ends: tuple[Pull, Push, Peer]) -> None:
         assert taken.hops.count == 6
 
 
+def test_a_message_knows_its_hop(ends: tuple[Pull, Push, Peer]) -> None:
+    pull, push, peer = ends
+    push.send({"x": np.ones(2)}, to=peer, timeout=1)
+    time.sleep(0.002)
+    with pull.recv(timeout=1) as message:
+        assert message.hop is not None
+        assert 0.0019 < message.hop < 10
+    push.send({}, to=peer, note=b"nothing to wait for", timeout=1)
+    with pull.recv(timeout=1) as message:
+        assert message.hop is None
+
+
 def test_a_consumer_that_keeps_a_message_shows_it(ends: tuple[Pull, Push, Peer]) -> None:
     pull, push, peer = ends
     for _ in range(2):

@@ -32,6 +32,7 @@ from blockflow.status import (
     ApplyResult,
     BlockStatus,
     Event,
+    GatewayStatus,
     GenerationRecord,
     PipelineStatus,
 )
@@ -86,6 +87,8 @@ class Controller(Protocol):
     async def blocks(self) -> list[BlockStatus]: ...
 
     def pipelines(self) -> list[PipelineStatus]: ...
+
+    async def gateway(self) -> GatewayStatus: ...
 
     def mps(self) -> Mapping[str, Mps]:
         """What is known of MPS, by the names of GPUs."""
@@ -326,6 +329,11 @@ def _status_routes(controller: Controller) -> APIRouter:
     async def get_pipelines() -> list[PipelineStatus]:
         """List the pipelines, and whether each one serves."""
         return controller.pipelines()
+
+    @app.get("/v1/gateway", tags=["status"])
+    async def get_gateway() -> GatewayStatus:
+        """Give the gateway's process, memory and connections."""
+        return await controller.gateway()
 
     @app.get("/v1/blocks/{name}/logs", tags=["status"], responses=_failures(404))
     async def get_logs(

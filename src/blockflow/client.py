@@ -397,6 +397,11 @@ class ControlClient(_Client):
         answer: list[dict[str, Any]] = self._ask("GET", "/v1/pipelines")
         return answer
 
+    def gateway(self) -> dict[str, Any]:
+        """The gateway's process, memory and connections."""
+        answer: dict[str, Any] = self._ask("GET", "/v1/gateway")
+        return answer
+
     def devices(self) -> dict[str, Any]:
         """The devices of the server's host."""
         answer: dict[str, Any] = self._ask("GET", "/v1/devices")

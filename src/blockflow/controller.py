@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from blockflow import devices, edit, ledger, protocol, reconcile, upload, wiring
+from blockflow import cores, devices, edit, ledger, protocol, reconcile, upload, wiring
 from blockflow.artifact import Digest, Manifest, Store
 from blockflow.edit import Terms, Verb
 from blockflow.errors import (
@@ -47,6 +47,7 @@ from blockflow.status import (
     ChannelStatus,
     Event,
     EventKind,
+    GatewayStatus,
     GenerationRecord,
     Histogram,
     Outcome,
@@ -342,16 +343,39 @@ class Controller:
 
     async def blocks(self) -> list[BlockStatus]:
         everyone = (*self._deployed.workers.values(), *self._passing)
+        names = self._listeners()
+        pids = [worker.child.pid for worker in everyone if worker.child and worker.child.alive]
+        # In a thread: a driver may take its time, and the events of this loop cannot wait.
+        memory = await asyncio.to_thread(lambda: {pid: devices.process_memory(pid) for pid in pids})
+        return [status for worker in everyone for status in _block_statuses(worker, names, memory)]
+
+    async def gateway(self) -> GatewayStatus:
+        child = self._gateway
+        if child is None or not child.alive:
+            return GatewayStatus(ready=False, url=None, host_memory_bytes=None, channels=())
+        memory = await asyncio.to_thread(devices.process_memory, child.pid)
+        report = child.report
+        known = report if isinstance(report, protocol.GatewayReport) else None
+        return GatewayStatus(
+            pid=child.pid,
+            url=known.url if known else None,
+            ready=self._serving,
+            host_memory_bytes=memory.host_bytes,
+            hops={carrier: _histogram(each) for carrier, each in known.hops.items()}
+            if known
+            else {},
+            channels=_channels(known.channels, self._listeners()) if known else (),
+        )
+
+    def _listeners(self) -> dict[str, str]:
+        """Who takes what is sent to an endpoint: the names of blocks, and the gateway."""
+        everyone = (*self._deployed.workers.values(), *self._passing)
         names = {
             endpoint: str(name)
             for worker in everyone
             for name, endpoint in worker.endpoints.items()
         }
-        names[self._results] = "gateway"
-        pids = [worker.child.pid for worker in everyone if worker.child and worker.child.alive]
-        # In a thread: a driver may take its time, and the events of this loop cannot wait.
-        memory = await asyncio.to_thread(lambda: {pid: devices.process_memory(pid) for pid in pids})
-        return [status for worker in everyone for status in _block_statuses(worker, names, memory)]
+        return {**names, self._results: "gateway"}
 
     def pipelines(self) -> list[PipelineStatus]:
         report = self._gateway.report if self._gateway is not None else None
@@ -528,9 +552,7 @@ class Controller:
             for spec in specs
         ]
         self._passing = workers
-        outcomes = await asyncio.gather(
-            *(self._bring_up(worker, seconds) for worker in workers), return_exceptions=True
-        )
+        outcomes = await self._bring_up_together(workers, seconds)
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for failure in failures:
             if not isinstance(failure, StartFailed):
@@ -612,6 +634,30 @@ class Controller:
         # The state may be what failed.
         with contextlib.suppress(StartFailed):
             await self._record(deployed, verb, reason)
+
+    async def _bring_up_together(
+        self, workers: Sequence[_Worker], seconds: float
+    ) -> list[BaseException | None]:
+        """What became of each of them after `seconds` at most.
+
+        A worker that starts keeps a core busy for seconds. While others serve, no more start at
+        once than leave those half of the cores, or requests would wait and be refused.
+        """
+        at_once = max(1, cores.available() // 2 if self._deployed.roads else len(workers))
+        starts = asyncio.Semaphore(at_once)
+        end = asyncio.get_running_loop().time() + seconds
+
+        async def bring_up(worker: _Worker) -> None:
+            async with starts:
+                left = end - asyncio.get_running_loop().time()
+                if left <= 0:
+                    raise NotInTime(
+                        f"worker {worker.spec.name} was not begun within {seconds:.3g} s: those "
+                        "before it took all of them"
+                    )
+                await self._bring_up(worker, left)
+
+        return await asyncio.gather(*map(bring_up, workers), return_exceptions=True)
 
     async def _bring_up(self, worker: _Worker, seconds: float) -> None:
         """Start a worker's process and have it load and warm its blocks. Raises StartFailed."""
@@ -1106,6 +1152,22 @@ def _mean_ms(found: protocol.Histogram) -> float | None:
     return found.sum / count * 1e3 if count else None
 
 
+def _channels(
+    found: Iterable[protocol.ChannelReport], names: Mapping[str, str]
+) -> tuple[ChannelStatus, ...]:
+    """`names` says who listens at an endpoint."""
+    return tuple(
+        ChannelStatus(
+            peer=names.get(c.endpoint, c.endpoint.removeprefix("local:")),
+            carrier=c.carrier,
+            messages=c.messages,
+            bytes=c.bytes,
+            host_bytes=c.host_bytes,
+        )
+        for c in found
+    )
+
+
 def _ports(ports: Iterable[Any]) -> tuple[PortStatus, ...]:
     return tuple(PortStatus(name=p.name, dtype=p.dtype, shape=p.shape) for p in ports)
 
@@ -1156,14 +1218,5 @@ def _block_statuses(
             runner=known.runner if known else None,
             runner_reason=known.runner_reason if known else None,
             fused_into=known.fused_into if known else None,
-            channels=tuple(
-                ChannelStatus(
-                    peer=names.get(c.endpoint, c.endpoint.removeprefix("local:")),
-                    carrier=c.carrier,
-                    messages=c.messages,
-                    bytes=c.bytes,
-                    host_bytes=c.host_bytes,
-                )
-                for c in (known.channels if known else ())
-            ),
+            channels=_channels(known.channels, names) if known else (),
         )

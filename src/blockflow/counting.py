@@ -26,3 +26,19 @@ class Buckets:
 
     def snapshot(self) -> Histogram:
         return Histogram(self._bounds, tuple(self._counts), self._sum)
+
+
+class Hops:
+    """How long tensors took from their announcement until they were taken, by carrier."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Buckets] = {}
+
+    def add(self, carrier: str, seconds: float) -> None:
+        if (buckets := self._found.get(carrier)) is None:
+            buckets = self._found[carrier] = Buckets(BLOCK_SECONDS)
+        buckets.add(seconds)
+
+    def snapshot(self) -> dict[str, Histogram]:
+        # A copy first: another thread may add a carrier meanwhile.
+        return {carrier: found.snapshot() for carrier, found in self._found.copy().items()}

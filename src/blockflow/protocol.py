@@ -227,10 +227,16 @@ class PipelineCount(msgspec.Struct, frozen=True):
 
 
 class GatewayReport(msgspec.Struct, frozen=True, tag="gateway"):
-    """Per pipeline; `url` is where the inference API listens."""
+    """Per pipeline; `url` is where the inference API listens.
+
+    `channels` lead to first blocks; `hops` count seconds from the
+    announcement of an answer's tensors until they were taken, by carrier.
+    """
 
     url: str
     pipelines: dict[PipelineName, PipelineCount]
+    channels: tuple[ChannelReport, ...] = ()
+    hops: dict[str, Histogram] = {}
 
 
 FromChild: TypeAlias = Hello | Done | Failed | WorkerReport | GatewayReport

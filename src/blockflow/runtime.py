@@ -454,7 +454,7 @@ class Block:
             self._lose(route, note.block, requests)
             return
         arrival = _Arrival(message.tensors, message.release, len(requests), in_slot=True)
-        arrival.sent = arrival.time - message.hop
+        arrival.sent = arrival.time - (message.hop or 0.0)
         self._enqueue(route, note.block, requests, note.hops or (None,) * len(requests), arrival)
 
     def _enqueue(

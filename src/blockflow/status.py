@@ -35,7 +35,7 @@ class Histogram(_Frozen):
 
 
 class ChannelStatus(_Frozen):
-    """One connection from a block to the next; the counts are since it was made."""
+    """One connection from a block, or from the gateway; the counts are since it was made."""
 
     peer: str = Field(description="the block, or the gateway, at the other end")
     carrier: str = Field(description="how tensors travel: local, shm, cuda_ipc or inline")
@@ -89,6 +89,20 @@ class BlockStatus(_Frozen):
         None, description="the first of the blocks with which it is run in one go, and timed"
     )
     channels: tuple[ChannelStatus, ...] = ()
+
+
+class GatewayStatus(_Frozen):
+    """The process that answers clients."""
+
+    pid: int | None = None
+    url: str | None = Field(None, description="where the inference API listens")
+    ready: bool = Field(description="whether it knows what is deployed")
+    host_memory_bytes: int | None = Field(None, description="resident host memory")
+    hops: dict[str, Histogram] = Field(
+        default_factory=dict,
+        description="seconds from the announcement of answers until they were taken, by carrier",
+    )
+    channels: tuple[ChannelStatus, ...] = Field((), description="those to first blocks")
 
 
 class PortStatus(_Frozen):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,7 +27,14 @@ from starlette.routing import Route
 
 from blockflow import __version__
 from blockflow.devices import Device, Survey, survey
-from blockflow.status import BlockState, BlockStatus, Histogram, PipelineStatus
+from blockflow.status import (
+    BlockState,
+    BlockStatus,
+    ChannelStatus,
+    GatewayStatus,
+    Histogram,
+    PipelineStatus,
+)
 from blockflow.topology import Generation, Topology
 
 
@@ -40,6 +47,8 @@ class Observed(Protocol):
 
     def pipelines(self) -> list[PipelineStatus]: ...
 
+    async def gateway(self) -> GatewayStatus: ...
+
 
 @dataclass(frozen=True)
 class Snapshot(Collector):
@@ -48,6 +57,7 @@ class Snapshot(Collector):
     generation: int
     pipelines: tuple[PipelineStatus, ...]
     blocks: tuple[BlockStatus, ...]
+    gateway: GatewayStatus
     devices: tuple[Device, ...]
 
     def collect(self) -> Iterator[Metric]:
@@ -58,7 +68,11 @@ class Snapshot(Collector):
             value=self.generation,
         )
         yield from _of_pipelines(self.pipelines)
-        yield from _of_blocks(_serving(self.blocks))
+        serving = _serving(self.blocks)
+        yield from _of_blocks(serving)
+        senders = {block.name: block.channels for block in serving}
+        yield from _of_channels({**senders, "gateway": self.gateway.channels})
+        yield from _of_gateway(self.gateway)
         yield from _of_workers(self.blocks)
         yield from _of_gpus(self.devices)
 
@@ -77,6 +91,7 @@ def metrics_route(
             controller.topology()[0],
             tuple(controller.pipelines()),
             tuple(await controller.blocks()),
+            await controller.gateway(),
             surveyed.devices,
         )
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -172,8 +187,6 @@ def _of_blocks(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:
         "Requests that were computed together.",
         labels=["block"],
     )
-    # A block may have several connections of one kind to the same peer.
-    traffic: defaultdict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for block in blocks:
         info.add_metric([block.name, block.artifact, block.device, block.worker], 1)
         for known in BlockState:
@@ -190,16 +203,23 @@ def _of_blocks(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:
             _add_histogram(waiting, [block.name], block.queue_seconds)
         if block.hop_seconds is not None:
             _add_histogram(hop, [block.name], block.hop_seconds)
-        for channel in block.channels:
-            sums = traffic[block.name, channel.peer, channel.carrier]
+    yield from (info, state, requests, queued, incomplete, compute, waiting, hop, batches)
+
+
+def _of_channels(senders: Mapping[str, Iterable[ChannelStatus]]) -> Iterator[Metric]:
+    """The channels of blocks and of the gateway, which are listed by their names."""
+    # A block may have several connections of one kind to the same peer.
+    traffic: defaultdict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for sender, channels in senders.items():
+        for channel in channels:
+            sums = traffic[sender, channel.peer, channel.carrier]
             sums[0] += channel.messages
             sums[1] += channel.bytes
             sums[2] += channel.host_bytes
-    yield from (info, state, requests, queued, incomplete, compute, waiting, hop, batches)
     labels = ["block", "peer", "carrier"]
     for place, (name, text) in enumerate(
         (
-            ("messages", "Messages that went from a block to its peer."),
+            ("messages", "Messages that went from a block, or the gateway, to its peer."),
             ("bytes", "Bytes of tensors that were handed over to the peer."),
             ("host_bytes", "Bytes of tensors that went through host memory on their way."),
         )
@@ -208,6 +228,22 @@ def _of_blocks(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:
         for channel_labels, sums in traffic.items():
             metric.add_metric(channel_labels, sums[place])
         yield metric
+
+
+def _of_gateway(gateway: GatewayStatus) -> Iterator[Metric]:
+    hops = HistogramMetricFamily(
+        "blockflow_gateway_hop_seconds",
+        "Time from the announcement of an answer until the gateway took it.",
+        labels=["carrier"],
+    )
+    for carrier, found in gateway.hops.items():
+        _add_histogram(hops, [carrier], found)
+    resident = GaugeMetricFamily(
+        "blockflow_gateway_resident_memory_bytes", "Resident host memory of the gateway's process."
+    )
+    if gateway.host_memory_bytes is not None:
+        resident.add_metric([], gateway.host_memory_bytes)
+    return iter((hops, resident))
 
 
 def _of_workers(blocks: Iterable[BlockStatus]) -> Iterator[Metric]:

@@ -75,9 +75,12 @@ class Message:
         return self._channel.statistics.carrier
 
     @property
-    def hop(self) -> float:
-        """Seconds from its announcement until it was taken; 0.0 from another host's clock."""
-        return self._hop / 1e9
+    def hop(self) -> float | None:
+        """Seconds from the announcement of its tensors until it was taken here.
+
+        None where nobody knows: without tensors, or from a producer with another clock.
+        """
+        return self._hop / 1e9 if self._hop else None
 
     def release(self) -> None:
         """Give the slot back; the second and later calls do nothing."""
@@ -169,13 +172,13 @@ class _Channel:
         self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
     ) -> Message:
         tensors = self._tensors(descriptor, layout, payload)
-        hop = self._since(descriptor.sent)
+        hop = self._since(descriptor.sent) if layout.specs else 0
         statistics = self.statistics
         statistics.messages += 1
         statistics.bytes += layout.nbytes
         if self._device is None:
             statistics.host_bytes += layout.nbytes
-        if hop and layout.specs:
+        if hop:
             statistics.hops.add(hop)
         return Message(self, descriptor, tensors, hop)
 

@@ -20,7 +20,7 @@ from blockflow.options import ServeOptions
 if TYPE_CHECKING:
     from blockflow.client import ControlClient
     from blockflow.devices import Survey
-    from blockflow.status import BlockStatus, PipelineStatus
+    from blockflow.status import BlockStatus, GatewayStatus, PipelineStatus
 
 Server = Annotated[str, typer.Option(help="the server's management address")]
 TokenFile = Annotated[
@@ -213,15 +213,17 @@ def status(
 
 def _show_status(client: ControlClient, as_json: bool) -> None:
     from blockflow.devices import Survey
-    from blockflow.status import BlockStatus, PipelineStatus
+    from blockflow.status import BlockStatus, GatewayStatus, PipelineStatus
 
     generation = client.topology()["generation"]
     blocks, pipelines, devices = client.blocks(), client.pipelines(), client.devices()
+    gateway = client.gateway()
     if as_json:
         everything = {
             "generation": generation,
             "pipelines": pipelines,
             "blocks": blocks,
+            "gateway": gateway,
             **devices,
         }
         typer.echo(json.dumps(everything, indent=2))
@@ -230,6 +232,7 @@ def _show_status(client: ControlClient, as_json: bool) -> None:
         generation,
         [BlockStatus.model_validate(each) for each in blocks],
         [PipelineStatus.model_validate(each) for each in pipelines],
+        GatewayStatus.model_validate(gateway),
         Survey.model_validate(devices),
     )
 
@@ -238,6 +241,7 @@ def _print_status(
     generation: int,
     blocks: list[BlockStatus],
     pipelines: list[PipelineStatus],
+    gateway: GatewayStatus,
     survey: Survey,
 ) -> None:
     mps = {device.name: device.mps for device in survey.devices if device.mps is not None}
@@ -296,16 +300,19 @@ def _print_status(
         ("~from", "~to", "carrier", ">messages", ">bytes", ">through host"),
         (
             (
-                each.name,
+                sender,
                 channel.peer,
                 channel.carrier,
                 str(channel.messages),
                 size(channel.bytes),
-                # Blocks on a CPU have no other place for their tensors.
-                "-" if each.device == "cpu" else size(channel.host_bytes),
+                # What is on a CPU has no other place for its tensors.
+                "-" if device == "cpu" else size(channel.host_bytes),
             )
-            for each in blocks
-            for channel in each.channels
+            for sender, device, channels in (
+                ("gateway", "cpu", gateway.channels),
+                *((each.name, each.device, each.channels) for each in blocks),
+            )
+            for channel in channels
         ),
     )
     reasons = [(f"pipeline {each.name}", each.reason) for each in pipelines]

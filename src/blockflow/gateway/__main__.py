@@ -96,7 +96,11 @@ class Gateway:
 
     async def _report(self) -> None:
         while True:
-            self._control.say(protocol.GatewayReport(self._url, self._dispatcher.counts()))
+            dispatcher = self._dispatcher
+            report = protocol.GatewayReport(
+                self._url, dispatcher.counts(), dispatcher.channels(), dispatcher.hops()
+            )
+            self._control.say(report)
             self._hear()
             await asyncio.sleep(_REPORT_EVERY)
 

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from blockflow import oip
-from blockflow.counting import LATENCY_SECONDS, Buckets
+from blockflow.counting import LATENCY_SECONDS, Buckets, Hops
 from blockflow.errors import (
     BlockFailed,
     BlockFlowError,
@@ -34,6 +34,8 @@ from blockflow.gateway.admission import Admission, Ticket
 from blockflow.gateway.http import ModelStatus
 from blockflow.gateway.line import Line
 from blockflow.protocol import (
+    ChannelReport,
+    Histogram,
     Hop,
     Incarnation,
     Model,
@@ -467,6 +469,14 @@ class BlockDispatcher:
             for name, c in self._counts.items()
         }
 
+    def channels(self) -> tuple[ChannelReport, ...]:
+        """What went to each first block."""
+        return self._tensors.channels()
+
+    def hops(self) -> dict[str, Histogram]:
+        """How long answers took from their announcement until they were taken, by carrier."""
+        return self._tensors.hops.snapshot()
+
     async def close(self) -> None:
         for number in tuple(self._pending):
             self._settle(number, Unavailable("the server is shutting down"))
@@ -534,6 +544,7 @@ class _TensorThread:
         self._jobs: deque[Callable[[], None]] = deque()
         self._outgoing: deque[_Outgoing] = deque()
         self._stopping = False
+        self.hops = Hops()
         self._thread = threading.Thread(target=self._run, name="gateway tensors")
         self._thread.start()
 
@@ -558,6 +569,13 @@ class _TensorThread:
     def retire(self, route: Route, unused: Collection[_Entry]) -> Future[None]:
         """Forget a route and close the channels that no other needs."""
         return self._perform(lambda: self._retire(route, unused))
+
+    def channels(self) -> tuple[ChannelReport, ...]:
+        return tuple(
+            ChannelReport(s.endpoint, str(s.carrier), s.messages, s.bytes, s.host_bytes)
+            for entry in tuple(self._entries.values())
+            for s in entry.push.statistics()
+        )
 
     def close(self) -> None:
         def stop() -> None:
@@ -686,6 +704,8 @@ class _TensorThread:
             for request in message.requests:
                 self._answer(request.id, failure)
             return
+        if message.hop is not None:
+            self.hops.add(str(message.carrier), message.hop)
         route = self._routes.get(RouteId(message.route))
         if route is None:
             return  # it was retired: nobody waits for this any more
