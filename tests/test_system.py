@@ -326,6 +326,51 @@ def test_a_request_that_breaks_its_block_fails_alone(store: Store, directory: Pa
         assert server.block("table")["pid"] == pid
 
 
+def test_a_blocks_threads_stay_on_its_cores(store: Store, directory: Path) -> None:
+    slow = store_model(store, Slow(), 1)[0]
+    first, *others = cores = sorted(os.sched_getaffinity(0))
+    wanted = topology(
+        store.root,
+        {"a": {"pinned": slow}, "b": {"free": slow}},
+        pinned={"worker": "together", "cpus": [first]},
+        free={"worker": "together"},
+    )
+    x = some_rows()
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        worker = psutil.Process(server.block("pinned")["pid"])
+
+        def computing(model: str) -> set[int]:
+            """The threads of the worker that a request keeps busy."""
+            before = {each.id: each.user_time for each in worker.threads()}
+            for _ in range(3):
+                got = server.inference.infer(model, {"x": x})["output"]
+                np.testing.assert_allclose(got, x, atol=1e-6)
+            took = {t.id: t.user_time - before.get(t.id, 0.0) for t in worker.threads()}
+            return {thread for thread, seconds in took.items() if seconds > max(took.values()) / 4}
+
+        (alone,) = computing("a")
+        assert os.sched_getaffinity(alone) == {first}
+        for thread in computing("b"):
+            assert os.sched_getaffinity(thread) == {first, *others}
+
+        # With every core but the first, where there are so many, or all of them.
+        several = others if len(others) > 1 else cores
+        wanted["blocks"]["pinned"]["cpus"] = ",".join(map(str, several))
+        server.control.put_topology(wanted)
+        worker = psutil.Process(server.block("pinned")["pid"])
+        team = computing("a")
+        assert 1 <= len(team) <= len(several)
+        for thread in team:
+            assert os.sched_getaffinity(thread) == set(several)
+
+        wanted["blocks"]["pinned"]["cpus"] = [max(cores) + 1]
+        with pytest.raises(TopologyInvalid) as refused:
+            server.control.put_topology(wanted)
+        assert f"cpus names core {max(cores) + 1}, and this server may run on" in str(refused.value)
+        assert server.control.ready()
+
+
 def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
     store: Store, mlp: list[str], directory: Path
 ) -> None:
@@ -366,7 +411,9 @@ def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
         np.testing.assert_allclose(
             server.inference.infer("a", {"x": x})["output"], answer(Mlp(), x), atol=1e-5
         )
-        wait_for(lambda: server.block("three")["requests"] == 5, 5, "a report")
+        wait_for(
+            lambda: {block["requests"] for block in server.control.blocks()} == {5}, 5, "reports"
+        )
         text = httpx.get(f"http://127.0.0.1:{server.control_port}/metrics").text
         for block in blocks:
             status = server.block(block)

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from blockflow import devices, edit, ledger, protocol, reconcile, upload, wiring
+from blockflow import cores, devices, edit, ledger, protocol, reconcile, upload, wiring
 from blockflow.artifact import Digest, Manifest, Store
 from blockflow.edit import Terms, Verb
 from blockflow.errors import (
@@ -427,7 +427,7 @@ class Controller:
             problems.append("store: say in which directory the artifacts are")
         found = await asyncio.to_thread(_read_manifests, topology, store)
         present = [device.name for device in await asyncio.to_thread(devices.list_devices)]
-        problems += reconcile.validate(topology, found, present)
+        problems += reconcile.validate(topology, found, present, cores.present())
         if problems:
             raise TopologyInvalid(problems)
         return store, {d: m for d, m in found.items() if isinstance(m, Manifest)}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from blockflow.artifact import BATCH
 from blockflow.batching import Limits, Waiting, decide
-from blockflow.cores import Cores
+from blockflow.cores import Cores, pin
 from blockflow.counting import BATCH_SIZES, BLOCK_SECONDS, Buckets
 from blockflow.errors import (
     BlockFailed,
@@ -374,6 +374,10 @@ class Block:
     def _run(self) -> None:
         try:
             with contextlib.ExitStack() as stack:
+                if self.spec.cpus is not None:
+                    # Before anything is computed: torch's threads of this one come with its first
+                    # computation, and start where it may run.
+                    pin(self.spec.cpus)
                 if self._gpu:
                     torch.cuda.set_device(self._device)
                     stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self._device)))
@@ -409,7 +413,12 @@ class Block:
         )
         path = ledger_path(self.endpoint)
         self._ledger = Ledger(path)
-        self._cores = Cores(path.with_name("all.cores"), path.name, self.spec.threads)
+        self._cores = Cores(
+            path.with_name("all.cores"),
+            path.name,
+            self.spec.threads,
+            alone=self.spec.cpus is not None,
+        )
         self._push.on_lost = lambda peer: log.info("lost %s: %s", peer.endpoint, peer.lost)
 
     def _close(self) -> None:
