@@ -155,6 +155,7 @@ def test_how_a_block_is_computed_is_a_reason_to_replace_its_worker() -> None:
         "precision": "fp16",
         "channels_last": True,
         "cuda_graph": False,
+        "compile": True,
         "threads": 1,
         "cpus": (0, 1),
     }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -324,6 +325,57 @@ def test_a_request_that_breaks_its_block_fails_alone(store: Store, directory: Pa
             else:
                 assert server.inference.infer("f", {"x": x})["output"].shape == (1, 4)
         assert server.block("table")["pid"] == pid
+
+
+def test_a_compiled_block_computes_the_same(store: Store, mlp: list[str], directory: Path) -> None:
+    fast = {"worker": "fast", "compile": True}
+    wanted = topology(
+        store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}}, one=fast, two=fast
+    )
+    with Server(directory, wanted) as server:
+        server.wait_ready(120)
+        runners = {block["name"]: block["runner"] for block in server.control.blocks()}
+        assert runners == {"one": "compiled", "two": "compiled", "three": "eager"}
+        assert {block["runner_reason"] for block in server.control.blocks()} == {None}
+        assert server.block("two")["fused_into"] == "one"
+
+        def ask(rows: int) -> None:
+            with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
+                x = some_rows(rows, seed=rows)
+                got = client.infer("a", {"x": x})["output"]
+                np.testing.assert_allclose(got, answer(Mlp(), x), atol=1e-5)
+
+        with ThreadPoolExecutor(8) as pool:
+            # Batches of every size, as they come together.
+            for future in [pool.submit(ask, number % 8 + 1) for number in range(64)]:
+                future.result()
+        code = directory / "state" / "compiled"
+        assert code.stat().st_mode & 0o777 == 0o700
+        made = {path: path.stat().st_mtime_ns for path in code.rglob("*.so")}
+        assert made
+        server.control.restart("one")
+        assert server.block("one")["runner"] == "compiled"
+        assert {path: path.stat().st_mtime_ns for path in code.rglob("*.so")} == made
+
+
+def test_a_block_that_cannot_be_compiled_serves_as_it_is_and_says_so(
+    store: Store, mlp: list[str], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(directory / "no-compiler"))
+    wanted = topology(
+        store.root,
+        {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}},
+        one={"compile": True},
+    )
+    x = some_rows(3)
+    with Server(directory, wanted) as server:
+        server.wait_ready(120)
+        got = server.inference.infer("a", {"x": x})["output"]
+        np.testing.assert_allclose(got, answer(Mlp(), x), atol=1e-6)
+        block = server.block("one")
+        assert block["runner"] == "eager"
+        assert block["runner_reason"].startswith("not compiled: ")
+        assert "no-compiler" in block["runner_reason"]
 
 
 def test_a_blocks_threads_stay_on_its_cores(store: Store, directory: Path) -> None:

@@ -621,6 +621,8 @@ class Controller:
         self._journal.write(EventKind.WORKER_STARTED, spec.name)
         try:
             environment = await self._mps.environment(spec.device) if spec.mps else {}
+            if any(block.compile for block in spec.blocks):
+                environment = {**environment, protocol.MACHINE_CODE: str(self._state.machine_code)}
             worker.child = await self._supervisor.spawn(
                 f"worker {spec.name}",
                 "blockflow.worker",

@@ -40,6 +40,7 @@ class BlockSpec(msgspec.Struct, frozen=True):
     precision: Precision = "fp32"
     channels_last: bool = False
     cuda_graph: bool = True
+    compile: bool = False
     threads: int | None = None
     cpus: tuple[int, ...] | None = None
 
@@ -148,6 +149,7 @@ def plan_workers(topology: Topology, mps: Collection[str] = ()) -> dict[WorkerNa
             precision=block.precision,
             channels_last=block.channels_last,
             cuda_graph=block.cuda_graph,
+            compile=block.compile,
             threads=block.threads,
             cpus=block.cpus,
         )

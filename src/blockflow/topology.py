@@ -124,6 +124,11 @@ class Block(_Frozen):
     cuda_graph: bool = Field(
         True, strict=True, description="replay the block from CUDA graphs, where it can be captured"
     )
+    compile: bool = Field(
+        False,
+        strict=True,
+        description="compile the program before the block is ready, which may take minutes",
+    )
     threads: int | None = Field(
         None,
         ge=1,
@@ -448,6 +453,7 @@ _EXPECTED = {
     "precision": "must be fp32, tf32, fp16 or bf16",
     "channels_last": "must be true or false",
     "cuda_graph": "must be true or false",
+    "compile": "must be true or false",
     "mps": "must be auto, on or off",
     "fuse": "must be true or false",
     "threads": "must be a whole number from 1 to 1024",
