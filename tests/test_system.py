@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -43,6 +45,7 @@ from running import (
     topology,
     wait_for,
 )
+from tensormq import Loop, Push, Request
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -339,15 +342,17 @@ def test_a_compiled_block_computes_the_same(store: Store, mlp: list[str], direct
         assert {block["runner_reason"] for block in server.control.blocks()} == {None}
         assert server.block("two")["fused_into"] == "one"
 
-        def ask(rows: int) -> None:
+        inputs = [some_rows(rows, seed=rows) for rows in range(1, 9)]
+        expected = [answer(Mlp(), x) for x in inputs]
+
+        def ask(number: int) -> None:
             with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
-                x = some_rows(rows, seed=rows)
-                got = client.infer("a", {"x": x})["output"]
-                np.testing.assert_allclose(got, answer(Mlp(), x), atol=1e-5)
+                got = client.infer("a", {"x": inputs[number % 8]})["output"]
+                np.testing.assert_allclose(got, expected[number % 8], atol=1e-5)
 
         with ThreadPoolExecutor(8) as pool:
             # Batches of every size, as they come together.
-            for future in [pool.submit(ask, number % 8 + 1) for number in range(64)]:
+            for future in [pool.submit(ask, number) for number in range(64)]:
                 future.result()
         code = directory / "state" / "compiled"
         assert code.stat().st_mode & 0o777 == 0o700
@@ -433,6 +438,7 @@ def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
         store.root, {"a": blocks}, slow={"max_batch": 1}, two=together, three=together
     )
     x = some_rows()
+    expected = answer(Mlp(), x)
     with Server(directory, wanted) as server:
         server.wait_ready()
         found: list[oip.Timings] = []
@@ -440,7 +446,7 @@ def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
         def ask() -> None:
             with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
                 got, timings = client.infer_timed("a", {"x": x})
-                np.testing.assert_allclose(got["output"], answer(Mlp(), x), atol=1e-5)
+                np.testing.assert_allclose(got["output"], expected, atol=1e-5)
                 found.append(timings)
 
         threads = [threading.Thread(target=ask) for _ in range(4)]
@@ -475,6 +481,117 @@ def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
                 count = 5 if figure != "compute" else sum(status["batch_sizes"]["counts"])
                 assert f'{name}_count{{block="{block}"}} {count:.1f}' in text
                 assert f'{name}_bucket{{block="{block}",le="+Inf"}} {count:.1f}' in text
+
+
+# To the gateway, requests that wait for company look as slow as those before a block that is busy.
+_PATIENT = "--request-timeout", "3600"
+
+
+def together(
+    server: Server,
+    asks: Sequence[Callable[[InferenceClient], None]],
+    beside: Callable[[], None] = lambda: None,
+) -> None:
+    """Requests that a block which delays its batches computes in one."""
+    with ThreadPoolExecutor(len(asks)) as pool:
+        asks[0](server.inference)  # from now on it is busy, and waits for company
+
+        def ask(one: Callable[[InferenceClient], None]) -> None:
+            with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
+                one(client)
+
+        futures = [pool.submit(ask, one) for one in asks]
+        beside()
+        for future in futures:
+            future.result()
+
+
+def test_an_exception_in_a_batch_fails_the_request_that_raises_it_alone(
+    store: Store, directory: Path
+) -> None:
+    digest = store_model(store, Fragile(), 1, Port("x", "int64", ("batch", 1)))[0]
+    delayed = {"max_delay_ms": 500, "max_batch": 32}
+    wanted = topology(store.root, {"a": {"table": digest}, "b": {"table": digest}}, table=delayed)
+    rows = Fragile().table.weight.shape[0]
+
+    def look_up(index: int) -> Callable[[InferenceClient], None]:
+        def ask(client: InferenceClient) -> None:
+            x = np.array([[index % rows], [index]])
+            if index >= rows:
+                with pytest.raises(BlockFlowError, match="block table failed: IndexError"):
+                    client.infer("ab"[index % 2], {"x": x})
+            else:
+                got = client.infer("ab"[index % 2], {"x": x})["output"]
+                np.testing.assert_array_equal(got[0], got[1])
+
+        return ask
+
+    with Server(directory, wanted, *_PATIENT) as server:
+        server.wait_ready()
+        pid = server.block("table")["pid"]
+        for poison in (98, 99):  # one of each pipeline
+            together(server, [look_up(index) for index in (0, 1, poison, 2, 3)])
+        log = "\n".join(server.control.logs("table"))
+        assert log.count("a batch failed (index out of range in self); one by one") == 2
+        assert server.block("table")["pid"] == pid
+        assert server.block("table")["restarts"] == 0
+
+
+def test_a_wrong_tensor_that_slips_through_fails_alone(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    poisons = (
+        (np.zeros((1, 7), np.float32), 1),  # another width
+        (np.zeros((1, 16), np.float32), 2),  # fewer rows than it says: others' would be shifted
+        (np.zeros((2, 16), np.float32), 1),  # and more
+        (np.zeros((1, 16), np.float64), 1),  # the whole batch would become float64
+        (np.zeros((1, 16, 1), np.float32), 1),
+    )
+    wanted = topology(
+        store.root,
+        {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}},
+        one={"max_delay_ms": 500, "max_batch": 32},
+    )
+
+    inputs = [some_rows(seed + 1, seed) for seed in range(3)]
+    expected = [answer(Mlp(), x) for x in inputs]
+
+    def ask(number: int) -> Callable[[InferenceClient], None]:
+        def one(client: InferenceClient) -> None:
+            got = client.infer("a", {"x": inputs[number]})["output"]
+            np.testing.assert_allclose(got, expected[number], atol=1e-6)
+
+        return one
+
+    with Server(directory, wanted, *_PATIENT) as server:
+        server.wait_ready()
+        pid = server.block("one")["pid"]
+        # As no gateway sends it: straight to the block, on the route of the others. Workers are
+        # numbered in the order of their names.
+        sockets = server.run_dir.glob("*.0.sock")
+        first = min(sockets, key=lambda path: int(path.name.partition(".")[0]))
+        loop = Loop()
+        with Push(slots=1, slot_bytes=4096, loop=loop) as push:
+            peer = push.connect(f"ipc://{first}")
+            for number, (poison, rows) in enumerate(poisons, start=1):
+
+                def slip_through(poison: Any = poison, rows: int = rows) -> None:
+                    push.send({"x": poison}, to=peer, requests=(Request(7, rows, 0.0),), route=1)
+
+                together(server, [ask(0), ask(1), ask(2), ask(0)], slip_through)
+                assert loop.run_until(lambda: push.free_slots == 1, 10)
+                log = "\n".join(server.control.logs("one"))
+                assert log.count("one by one") == number
+                assert log.count("a batch failed (block one was given x as ") == number
+        loop.close()
+
+        def computed() -> dict[str, int]:
+            return {block["name"]: block["requests"] for block in server.control.blocks()}
+
+        good = 5 * len(poisons)  # and what was wrong goes no further
+        counts = {"one": good + len(poisons), "two": good, "three": good}
+        wait_for(lambda: computed() == counts, 5, "reports")
+        assert server.block("one")["pid"] == pid
 
 
 def test_requests_of_different_pipelines_are_computed_together(
