@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import psutil
 import pytest
 import torch
 import tritonclient.http as triton
+from torch import Tensor, nn
 
 from blockflow import ledger, oip
 from blockflow.artifact import Port, Store
@@ -30,6 +32,8 @@ from blockflow.errors import (
     TopologyInvalid,
     Unavailable,
 )
+from blockflow.models import ScriptFile
+from blockflow.split import split_model
 from running import (
     Fragile,
     Load,
@@ -592,6 +596,43 @@ def test_a_wrong_tensor_that_slips_through_fails_alone(
         counts = {"one": good + len(poisons), "two": good, "three": good}
         wait_for(lambda: computed() == counts, 5, "reports")
         assert server.block("one")["pid"] == pid
+
+
+class Moody(nn.Module):
+    """float32[batch, 16] → twice that, or one row where a value is below -100."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.min()) < -100:
+            return x[:1]
+        return x * 2
+
+
+def test_a_model_that_gives_too_few_rows_fails_the_request_that_makes_it(
+    store: Store, tmp_path: Path, directory: Path
+) -> None:
+    path = tmp_path / "moody.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(Moody()), path)
+    port = Port("x", "float32", ("batch", 16))
+    (block,) = split_model(ScriptFile("moody", path, (port,)), 1, store).blocks
+    delayed = {"max_delay_ms": 500, "max_batch": 32}
+    wanted = topology(store.root, {"a": {"moody": str(block.digest)}}, moody=delayed)
+
+    def good(client: InferenceClient) -> None:
+        x = some_rows(2)
+        np.testing.assert_array_equal(client.infer("a", {"x": x})["output"], x * 2)
+
+    def bad(client: InferenceClient) -> None:
+        with pytest.raises(BlockFlowError, match=r"gave output as \[1, 16\] for 2 rows"):
+            client.infer("a", {"x": some_rows(2) - 1000})
+
+    with Server(directory, wanted, *_PATIENT) as server:
+        server.wait_ready()
+        together(server, [good, good, bad, good])
+        log = "\n".join(server.control.logs("moody"))
+        assert "a batch failed (block moody gave output as [1, 16] for 8 rows); one by one" in log
+        assert server.block("moody")["restarts"] == 0
 
 
 def test_requests_of_different_pipelines_are_computed_together(

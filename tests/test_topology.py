@@ -141,7 +141,7 @@ def test_mps_is_set_for_a_gpu_also_in_yaml_s_own_words() -> None:
 def test_how_a_block_is_computed_is_checked() -> None:
     text = f"""
 blocks:
-  a: {{artifact: {DIGEST}, precision: half, channels_last: 1, cuda_graph: auto}}
+  a: {{artifact: {DIGEST}, precision: half, channels_last: 1, cuda_graph: auto, compile: 1}}
   b: {{artifact: {DIGEST}, max_delay_ms: -1}}
   c: {{artifact: {DIGEST}, max_delay_ms: .inf}}
   d: {{artifact: {DIGEST}, max_delay_ms: yes}}
@@ -151,6 +151,7 @@ blocks:
         "blocks.a.precision: must be fp32, tf32, fp16 or bf16, not 'half'",
         "blocks.a.channels_last: must be true or false, not 1",
         "blocks.a.cuda_graph: must be true or false, not 'auto'",
+        "blocks.a.compile: must be true or false, not 1",
         f"blocks.b.max_delay_ms: {delay}, not -1",
         f"blocks.c.max_delay_ms: {delay}, not inf",
         f"blocks.d.max_delay_ms: {delay}, not True",
