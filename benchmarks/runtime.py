@@ -2,6 +2,7 @@
 
     python benchmarks/runtime.py --device cuda:0 --precision tf32 --json runtime-cuda.json
     python benchmarks/runtime.py --device cpu --rounds 6 --json runtime-cpu.json
+    python benchmarks/runtime.py --device cuda:0 --quick
 
 Variants, which take turns in every round:
 
@@ -21,6 +22,9 @@ and time is from the beginning of the send to having the answer on its own devic
 batched (max_batch 1). On a GPU, its work is waited for before and after each request; the clock is
 the host's. Every answer of a latency round is compared with the called network's.
 
+A line on stderr says what is being done. What was measured so far is printed and written, too, when
+it is interrupted (Ctrl-C, SIGTERM) or fails.
+
 To measure under MPS, start its daemon first, and give both the same private directory:
 
     export CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$(mktemp -d)
@@ -36,12 +40,14 @@ import asyncio
 import contextlib
 import itertools
 import os
+import signal
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # As the supervisor has it in workers: the whole network, too, is to spare the cores of others.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -67,6 +73,10 @@ from blockflow.topology import BlockName, Pipeline, PipelineName
 from blockflow.wiring import by_rule, wire
 from tensormq import Loop, Message, Peer, Pull, Push, Request, slot_size
 
+_T = TypeVar("_T")
+
+_THOROUGH = {"rounds": 20, "requests": 20, "seconds": 1.0, "under_way": [1, 4, 8]}
+_QUICK = {"rounds": 8, "requests": 10, "seconds": 0.5, "under_way": [1, 8]}
 _WARM = 20
 _TIMEOUT = 60.0
 
@@ -175,9 +185,7 @@ class Deployed:
             )
             for members in workers
         ]
-        self._children = [
-            control.start(f"{name} {place}", load_) for place, load_ in enumerate(loads)
-        ]
+        self._children = control.start(name, loads)
         manifests = [block.manifest for block in blocks.blocks]
         known = {spec.name: manifest for spec, manifest in zip(specs, manifests, strict=True)}
         wired, problems = wire(Pipeline(blocks=tuple(known)), known.get)
@@ -202,8 +210,7 @@ class Deployed:
             device=options.device,
             loop=self._loop,
         )
-        for child in self._children:
-            control.command(child, protocol.Connect((self._route,)), self._loop)
+        control.command(self._children, protocol.Connect((self._route,)), self._loop)
         self._peer: Peer = self._push.connect(endpoints[0], timeout=_TIMEOUT)
         self.kinds: tuple[str, ...] = ()
 
@@ -252,8 +259,7 @@ class Deployed:
             for block in child.report.blocks
         )
         self._push.close()
-        for child in self._children:
-            self._control.stop(child, self._loop)
+        self._control.stop(self._children, self._loop)
         self._pull.close()
         self._loop.close()
 
@@ -273,31 +279,42 @@ class Control:
         logs.mkdir()
         return Supervisor(self.run_dir, logs, "warning")
 
-    def _do(self, work: Coroutine[Any, Any, Any], loop: Loop | None = None) -> Any:
+    def _do(self, work: Coroutine[Any, Any, _T], loop: Loop | None = None) -> _T:
         future = asyncio.run_coroutine_threadsafe(work, self._events)
         while loop is not None and not future.done():
             loop.run_once(0.01)
         return future.result()
 
-    def start(self, name: str, load_: protocol.Load) -> Child:
-        async def begin() -> Child:
+    def start(self, name: str, loads: Sequence[protocol.Load]) -> list[Child]:
+        """Start a worker for each of `loads`, side by side."""
+
+        async def begin(place: int, load_: protocol.Load) -> Child:
             child = await self._supervisor.spawn(
-                name,
+                f"{name} {place}",
                 "blockflow.worker",
                 self._supervisor.next_incarnation(),
-                ["--name", name],
+                ["--name", f"{name} {place}"],
                 seconds=120,
             )
             await child.command(load_, 120)
             return child
 
-        return self._do(begin())
+        async def begin_all() -> list[Child]:
+            return await asyncio.gather(*(begin(*each) for each in enumerate(loads)))
 
-    def command(self, child: Child, body: protocol.Body, loop: Loop) -> None:
-        self._do(child.command(body), loop)
+        return self._do(begin_all())
 
-    def stop(self, child: Child, loop: Loop) -> None:
-        self._do(child.stop(10), loop)
+    def command(self, children: Sequence[Child], body: protocol.Body, loop: Loop) -> None:
+        async def tell_all() -> None:
+            await asyncio.gather(*(child.command(body) for child in children))
+
+        self._do(tell_all(), loop)
+
+    def stop(self, children: Sequence[Child], loop: Loop) -> None:
+        async def stop_all() -> None:
+            await asyncio.gather(*(child.stop(10) for child in children))
+
+        self._do(stop_all(), loop)
 
     def close(self) -> None:
         self._do(self._supervisor.close())
@@ -315,20 +332,41 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=["fp32", "tf32", "fp16", "bf16"])
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--store", type=Path, help="where blocks are kept for the next time")
-    parser.add_argument("--rounds", type=int, default=20, help="in which all variants take turns")
-    parser.add_argument("--requests", type=int, default=20, help="of one variant in a round")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one measure of throughput")
+    parser.add_argument("--rounds", type=int, help="in which all variants take turns (20)")
+    parser.add_argument("--requests", type=int, help="of one variant in a round (20)")
+    parser.add_argument("--seconds", type=float, help="of one measure of throughput (1)")
     parser.add_argument(
         "--under-way",
         type=lambda text: [int(part) for part in text.split(",")],
-        default=[1, 4, 8],
-        help="requests at once, such as 1,4,8",
+        help="requests at once (1,4,8)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="8 rounds of 10 requests, half a second, 1 and 8 at once, unless said otherwise",
     )
     parser.add_argument("--only", help="variants whose name contains this, beside `called`")
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
-        results = _measure(options, Path(folder))
+    for name, value in (_QUICK if options.quick else _THOROUGH).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    # A machine that is lent for a time ends what runs on it so.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    found = Measured()
+    try:
+        with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
+            _measure(options, Path(folder), found)
+    except BaseException as error:
+        _report(options, found, f"{type(error).__name__}: {error}")
+        raise
+    _report(options, found, None)
+
+
+def _report(options: argparse.Namespace, found: Measured, interrupted: str | None) -> None:
+    results = found.results()
+    if not results:
+        return
     where = measured.conditions(options.device)
     where["threads"] = torch.get_num_threads()
     names = "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CUDA_MPS_PIPE_DIRECTORY"
@@ -340,15 +378,21 @@ def main() -> None:
             "conditions": where,
             "options": {name: str(value) for name, value in vars(options).items()},
             "unit": "ms, answers per second",
+            "interrupted": interrupted,
             "results": results,
         },
     )
 
 
-def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _say(phase: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {phase}", file=sys.stderr, flush=True)
+
+
+def _measure(options: argparse.Namespace, folder: Path, found: Measured) -> None:
     torch.backends.cudnn.benchmark = False
     store = Store(options.store or folder / "store", create=True)
     source = resolve(options.model)
+    _say(f"splitting {options.model}")
     whole = split_model(source, 1, store)
     four = split_model(source, 4, store)
     settings = {"precision": options.precision, "channels_last": options.channels_last}
@@ -395,21 +439,35 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         variants: list[Direct | Deployed] = []
         for name, make in makers:
             if name == "called" or not options.only or options.only in name:
+                _say(f"getting {name} ready")
                 variants.append(make(name))
                 stack.callback(variants[-1].close)
+        found.variants = variants
         expected = variants[0].ask(x)
         bound = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}[options.precision]
-        latencies = _latencies(variants, x, expected, bound, options)
-        throughputs = _throughputs(variants, x, options)
-    return {
-        each.name: {
-            "latency": measured.percentiles(latencies[each.name]),
-            "samples": latencies[each.name],
-            "throughput": throughputs[each.name],
-            "runners": each.kinds,
+        _latencies(variants, x, expected, bound, options, found.latencies)
+        _throughputs(variants, x, options, found.throughputs)
+
+
+class Measured:
+    """What is known so far, by variant."""
+
+    def __init__(self) -> None:
+        self.variants: Sequence[Direct | Deployed] = ()
+        self.latencies: dict[str, list[float]] = {}
+        self.throughputs: dict[str, dict[str, list[float]]] = {}
+
+    def results(self) -> dict[str, Any]:
+        return {
+            each.name: {
+                "latency": measured.percentiles(self.latencies[each.name]),
+                "samples": self.latencies[each.name],
+                "throughput": self.throughputs.get(each.name, {}),
+                "runners": each.kinds,
+            }
+            for each in self.variants
+            if self.latencies.get(each.name)
         }
-        for each in variants
-    }
 
 
 def _latencies(
@@ -418,14 +476,17 @@ def _latencies(
     expected: Tensor,
     bound: float,
     options: argparse.Namespace,
-) -> dict[str, list[float]]:
+    times: dict[str, list[float]],
+) -> None:
     """Milliseconds of every request, one at a time."""
     largest = float(expected.abs().max())
+    _say("warming up")
     for variant in variants:
+        times[variant.name] = []
         for _ in range(_WARM if options.device != "cpu" else 3):
             variant.ask(x)
-    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for number in range(options.rounds):
+        _say(f"latency, round {number + 1} of {options.rounds}")
         # Another order in every round: nobody always follows the same neighbour.
         for variant in variants[number % len(variants) :] + variants[: number % len(variants)]:
             for _ in range(options.requests):
@@ -436,20 +497,22 @@ def _latencies(
                 times[variant.name].append((time.perf_counter() - start) * 1e3)
                 difference = float((found - expected).abs().max())
                 assert difference <= bound * largest, f"{variant.name}: off by {difference}"
-    return times
 
 
 def _throughputs(
-    variants: Sequence[Direct | Deployed], x: Tensor, options: argparse.Namespace
-) -> dict[str, dict[str, list[float]]]:
+    variants: Sequence[Direct | Deployed],
+    x: Tensor,
+    options: argparse.Namespace,
+    rates: dict[str, dict[str, list[float]]],
+) -> None:
     """Answers a second by how many requests are under way, three times each, in turns."""
-    rates: dict[str, dict[str, list[float]]] = {variant.name: {} for variant in variants}
     for under_way in options.under_way:
-        for _ in range(3):
+        for turn in range(3):
+            _say(f"throughput, {under_way} at once, turn {turn + 1} of 3")
             for variant in variants:
                 rate = variant.throughput(x, options.seconds, under_way)
-                rates[variant.name].setdefault(str(under_way), []).append(rate)
-    return rates
+                mine = rates.setdefault(variant.name, {}).setdefault(str(under_way), [])
+                mine.append(rate)
 
 
 @contextlib.contextmanager
@@ -468,7 +531,7 @@ def _print(
 ) -> None:
     console = Console(width=140)
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
-    base = results.get("replayed", results["called"])
+    base = results.get("replayed", next(iter(results.values())))
     table = Table(title=f"{options.model}, one row, {options.precision}", box=None)
     table.add_column("variant")
     for title in ("p50 ms", "p95", "p99", "p50 against monolith"):
@@ -482,8 +545,9 @@ def _print(
             *(f"{latency[key]:.3f}" for key in ("p50", "p95", "p99")),
             f"{latency['p50'] / base['latency']['p50']:.3f}",
             *(
-                f"{_median(rates):.0f} ({_median(rates) / _median(base['throughput'][key]):.2f})"
+                f"{_median(rates):.3g} ({_median(rates) / _median(base['throughput'][key]):.2f})"
                 for key, rates in found["throughput"].items()
+                if key in base["throughput"]
             ),
         )
     console.print(table)

@@ -28,6 +28,15 @@ def test_who_computes_alone_has_all_cores_and_others_their_part(tmp_path: Path) 
         each.close()
 
 
+def test_pinned_cores_are_divided_with_nobody(tmp_path: Path) -> None:
+    a, b = Cores(tmp_path / "cores", "a", alone=True), Cores(tmp_path / "cores", "b")
+    assert b.take() == 4
+    assert a.take() == 4
+    a.give_back()
+    for each in (a, b):
+        each.close()
+
+
 def test_there_is_always_one_thread(tmp_path: Path) -> None:
     many = [Cores(tmp_path / "cores", f"block {number}") for number in range(9)]
     assert [each.take() for each in many][-1] == 1

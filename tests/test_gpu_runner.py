@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from blockflow.artifact import Port, Store
+from blockflow.compilation import compiled
 from blockflow.program import Chain, Program, load
+from blockflow.protocol import MACHINE_CODE
 from blockflow.runner import GraphRunner, Loan, Runner, prepare
 from blockflow.topology import Precision
 from running import Server, four_blocks, store_model, wait_for
@@ -194,6 +196,35 @@ def test_every_precision_is_replayed_within_its_tolerance(
         with torch.inference_mode():
             expected = model(x)
         assert found.dtype == torch.float32
+        bound = tolerance * float(expected.abs().max())
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 1e-2)])
+def test_what_is_compiled_is_replayed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Precision,
+    tolerance: float,
+    channels_last: bool,
+) -> None:
+    monkeypatch.setenv(MACHINE_CODE, str(tmp_path / "compiled"))
+    model = Net().eval()
+    store = Store(tmp_path / "store", create=True)
+    (digest,) = store_model(store, model, 1, IMAGE)
+    settings = {"precision": precision, "channels_last": channels_last}
+    fast = compiled(load(store, digest, DEVICE, **settings), 4)
+    assert (fast.compiled, fast.uncompiled) == (True, None)
+    runner = prepare(fast, 4)
+    assert (runner.kind, runner.reason) == ("compiled, cuda graph", None)
+    for rows in (1, 3, 4, 2):
+        x = torch.randn(rows, 3, 16, 16)
+        runner.take({"x": [x.to(DEVICE)]})
+        (found,) = runner.run().values()
+        with torch.inference_mode():
+            expected = model(x)
         bound = tolerance * float(expected.abs().max())
         torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=bound)
 

@@ -155,7 +155,9 @@ def test_how_a_block_is_computed_is_a_reason_to_replace_its_worker() -> None:
         "precision": "fp16",
         "channels_last": True,
         "cuda_graph": False,
+        "compile": True,
         "threads": 1,
+        "cpus": (0, 1),
     }
     before = Topology(blocks={"a": Block(artifact=SAME.digest)})
     for name, value in settings.items():
@@ -165,6 +167,20 @@ def test_how_a_block_is_computed_is_a_reason_to_replace_its_worker() -> None:
         plan = diff(plan_workers(before), plan_workers(after))
         (said,) = actions(before, after, plan)
         assert f"block a: {name} " in said
+
+
+def test_a_block_is_pinned_to_cores_that_there_are() -> None:
+    def pinned(**settings: object) -> list[str]:
+        wanted = Topology(blocks={"a": Block(artifact=SAME.digest, **settings)})
+        return validate(wanted, store(SAME), ["cpu"], cpus={0, 1, 2, 5})
+
+    assert pinned(cpus="0-2,5") == pinned(cpus=[1], threads=1) == []
+    there_are = "and this server may run on cores 0-2,5; choose among those"
+    assert pinned(cpus="2-4,9") == [f"block a: cpus names cores 3-4,9, {there_are}"]
+    assert pinned(cpus=[3]) == [f"block a: cpus names core 3, {there_are}"]
+    assert pinned(cpus=[0, 1], threads=3) == [
+        "block a: 3 threads cannot run side by side on cores 0-1; lower threads or name more cpus"
+    ]
 
 
 def test_a_pipeline_over_missing_blocks_names_each_one() -> None:

@@ -8,7 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,6 +20,7 @@ import psutil
 import pytest
 import torch
 import tritonclient.http as triton
+from torch import Tensor, nn
 
 from blockflow import ledger, oip
 from blockflow.artifact import Port, Store
@@ -27,6 +32,8 @@ from blockflow.errors import (
     TopologyInvalid,
     Unavailable,
 )
+from blockflow.models import ScriptFile
+from blockflow.split import split_model
 from running import (
     Fragile,
     Load,
@@ -42,6 +49,7 @@ from running import (
     topology,
     wait_for,
 )
+from tensormq import Loop, Push, Request
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -326,6 +334,104 @@ def test_a_request_that_breaks_its_block_fails_alone(store: Store, directory: Pa
         assert server.block("table")["pid"] == pid
 
 
+def test_a_compiled_block_computes_the_same(store: Store, mlp: list[str], directory: Path) -> None:
+    fast = {"worker": "fast", "compile": True}
+    wanted = topology(
+        store.root, {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}}, one=fast, two=fast
+    )
+    with Server(directory, wanted) as server:
+        server.wait_ready(120)
+        runners = {block["name"]: block["runner"] for block in server.control.blocks()}
+        assert runners == {"one": "compiled", "two": "compiled", "three": "eager"}
+        assert {block["runner_reason"] for block in server.control.blocks()} == {None}
+        assert server.block("two")["fused_into"] == "one"
+
+        inputs = [some_rows(rows, seed=rows) for rows in range(1, 9)]
+        expected = [answer(Mlp(), x) for x in inputs]
+
+        def ask(number: int) -> None:
+            with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
+                got = client.infer("a", {"x": inputs[number % 8]})["output"]
+                np.testing.assert_allclose(got, expected[number % 8], atol=1e-5)
+
+        with ThreadPoolExecutor(8) as pool:
+            # Batches of every size, as they come together.
+            for future in [pool.submit(ask, number) for number in range(64)]:
+                future.result()
+        code = directory / "state" / "compiled"
+        assert code.stat().st_mode & 0o777 == 0o700
+        made = {path: path.stat().st_mtime_ns for path in code.rglob("*.so")}
+        assert made
+        server.control.restart("one")
+        assert server.block("one")["runner"] == "compiled"
+        assert {path: path.stat().st_mtime_ns for path in code.rglob("*.so")} == made
+
+
+def test_a_block_that_cannot_be_compiled_serves_as_it_is_and_says_so(
+    store: Store, mlp: list[str], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(directory / "no-compiler"))
+    wanted = topology(
+        store.root,
+        {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}},
+        one={"compile": True},
+    )
+    x = some_rows(3)
+    with Server(directory, wanted) as server:
+        server.wait_ready(120)
+        got = server.inference.infer("a", {"x": x})["output"]
+        np.testing.assert_allclose(got, answer(Mlp(), x), atol=1e-6)
+        block = server.block("one")
+        assert block["runner"] == "eager"
+        assert block["runner_reason"].startswith("not compiled: ")
+        assert "no-compiler" in block["runner_reason"]
+
+
+def test_a_blocks_threads_stay_on_its_cores(store: Store, directory: Path) -> None:
+    slow = store_model(store, Slow(), 1)[0]
+    first, *others = cores = sorted(os.sched_getaffinity(0))
+    wanted = topology(
+        store.root,
+        {"a": {"pinned": slow}, "b": {"free": slow}},
+        pinned={"worker": "together", "cpus": [first]},
+        free={"worker": "together"},
+    )
+    x = some_rows()
+    with Server(directory, wanted) as server:
+        server.wait_ready()
+        worker = psutil.Process(server.block("pinned")["pid"])
+
+        def computing(model: str) -> set[int]:
+            """The threads of the worker that a request keeps busy."""
+            before = {each.id: each.user_time for each in worker.threads()}
+            for _ in range(3):
+                got = server.inference.infer(model, {"x": x})["output"]
+                np.testing.assert_allclose(got, x, atol=1e-6)
+            took = {t.id: t.user_time - before.get(t.id, 0.0) for t in worker.threads()}
+            return {thread for thread, seconds in took.items() if seconds > max(took.values()) / 4}
+
+        (alone,) = computing("a")
+        assert os.sched_getaffinity(alone) == {first}
+        for thread in computing("b"):
+            assert os.sched_getaffinity(thread) == {first, *others}
+
+        # With every core but the first, where there are so many, or all of them.
+        several = others if len(others) > 1 else cores
+        wanted["blocks"]["pinned"]["cpus"] = ",".join(map(str, several))
+        server.control.put_topology(wanted)
+        worker = psutil.Process(server.block("pinned")["pid"])
+        team = computing("a")
+        assert 1 <= len(team) <= len(several)
+        for thread in team:
+            assert os.sched_getaffinity(thread) == set(several)
+
+        wanted["blocks"]["pinned"]["cpus"] = [max(cores) + 1]
+        with pytest.raises(TopologyInvalid) as refused:
+            server.control.put_topology(wanted)
+        assert f"cpus names core {max(cores) + 1}, and this server may run on" in str(refused.value)
+        assert server.control.ready()
+
+
 def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
     store: Store, mlp: list[str], directory: Path
 ) -> None:
@@ -336,6 +442,7 @@ def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
         store.root, {"a": blocks}, slow={"max_batch": 1}, two=together, three=together
     )
     x = some_rows()
+    expected = answer(Mlp(), x)
     with Server(directory, wanted) as server:
         server.wait_ready()
         found: list[oip.Timings] = []
@@ -343,7 +450,7 @@ def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
         def ask() -> None:
             with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
                 got, timings = client.infer_timed("a", {"x": x})
-                np.testing.assert_allclose(got["output"], answer(Mlp(), x), atol=1e-5)
+                np.testing.assert_allclose(got["output"], expected, atol=1e-5)
                 found.append(timings)
 
         threads = [threading.Thread(target=ask) for _ in range(4)]
@@ -366,7 +473,9 @@ def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
         np.testing.assert_allclose(
             server.inference.infer("a", {"x": x})["output"], answer(Mlp(), x), atol=1e-5
         )
-        wait_for(lambda: server.block("three")["requests"] == 5, 5, "a report")
+        wait_for(
+            lambda: {block["requests"] for block in server.control.blocks()} == {5}, 5, "reports"
+        )
         text = httpx.get(f"http://127.0.0.1:{server.control_port}/metrics").text
         for block in blocks:
             status = server.block(block)
@@ -376,6 +485,154 @@ def test_a_request_is_timed_at_each_of_its_blocks_on_demand(
                 count = 5 if figure != "compute" else sum(status["batch_sizes"]["counts"])
                 assert f'{name}_count{{block="{block}"}} {count:.1f}' in text
                 assert f'{name}_bucket{{block="{block}",le="+Inf"}} {count:.1f}' in text
+
+
+# To the gateway, requests that wait for company look as slow as those before a block that is busy.
+_PATIENT = "--request-timeout", "3600"
+
+
+def together(
+    server: Server,
+    asks: Sequence[Callable[[InferenceClient], None]],
+    beside: Callable[[], None] = lambda: None,
+) -> None:
+    """Requests that a block which delays its batches computes in one."""
+    with ThreadPoolExecutor(len(asks)) as pool:
+        asks[0](server.inference)  # from now on it is busy, and waits for company
+
+        def ask(one: Callable[[InferenceClient], None]) -> None:
+            with InferenceClient(f"http://127.0.0.1:{server.http_port}", timeout=60) as client:
+                one(client)
+
+        futures = [pool.submit(ask, one) for one in asks]
+        beside()
+        for future in futures:
+            future.result()
+
+
+def test_an_exception_in_a_batch_fails_the_request_that_raises_it_alone(
+    store: Store, directory: Path
+) -> None:
+    digest = store_model(store, Fragile(), 1, Port("x", "int64", ("batch", 1)))[0]
+    delayed = {"max_delay_ms": 500, "max_batch": 32}
+    wanted = topology(store.root, {"a": {"table": digest}, "b": {"table": digest}}, table=delayed)
+    rows = Fragile().table.weight.shape[0]
+
+    def look_up(index: int) -> Callable[[InferenceClient], None]:
+        def ask(client: InferenceClient) -> None:
+            x = np.array([[index % rows], [index]])
+            if index >= rows:
+                with pytest.raises(BlockFlowError, match="block table failed: IndexError"):
+                    client.infer("ab"[index % 2], {"x": x})
+            else:
+                got = client.infer("ab"[index % 2], {"x": x})["output"]
+                np.testing.assert_array_equal(got[0], got[1])
+
+        return ask
+
+    with Server(directory, wanted, *_PATIENT) as server:
+        server.wait_ready()
+        pid = server.block("table")["pid"]
+        for poison in (98, 99):  # one of each pipeline
+            together(server, [look_up(index) for index in (0, 1, poison, 2, 3)])
+        log = "\n".join(server.control.logs("table"))
+        assert log.count("a batch failed (index out of range in self); one by one") == 2
+        assert server.block("table")["pid"] == pid
+        assert server.block("table")["restarts"] == 0
+
+
+def test_a_wrong_tensor_that_slips_through_fails_alone(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    poisons = (
+        (np.zeros((1, 7), np.float32), 1),  # another width
+        (np.zeros((1, 16), np.float32), 2),  # fewer rows than it says: others' would be shifted
+        (np.zeros((2, 16), np.float32), 1),  # and more
+        (np.zeros((1, 16), np.float64), 1),  # the whole batch would become float64
+        (np.zeros((1, 16, 1), np.float32), 1),
+    )
+    wanted = topology(
+        store.root,
+        {"a": {"one": mlp[0], "two": mlp[1], "three": mlp[2]}},
+        one={"max_delay_ms": 500, "max_batch": 32},
+    )
+
+    inputs = [some_rows(seed + 1, seed) for seed in range(3)]
+    expected = [answer(Mlp(), x) for x in inputs]
+
+    def ask(number: int) -> Callable[[InferenceClient], None]:
+        def one(client: InferenceClient) -> None:
+            got = client.infer("a", {"x": inputs[number]})["output"]
+            np.testing.assert_allclose(got, expected[number], atol=1e-6)
+
+        return one
+
+    with Server(directory, wanted, *_PATIENT) as server:
+        server.wait_ready()
+        pid = server.block("one")["pid"]
+        # As no gateway sends it: straight to the block, on the route of the others. Workers are
+        # numbered in the order of their names.
+        sockets = server.run_dir.glob("*.0.sock")
+        first = min(sockets, key=lambda path: int(path.name.partition(".")[0]))
+        loop = Loop()
+        with Push(slots=1, slot_bytes=4096, loop=loop) as push:
+            peer = push.connect(f"ipc://{first}")
+            for number, (poison, rows) in enumerate(poisons, start=1):
+
+                def slip_through(poison: Any = poison, rows: int = rows) -> None:
+                    push.send({"x": poison}, to=peer, requests=(Request(7, rows, 0.0),), route=1)
+
+                together(server, [ask(0), ask(1), ask(2), ask(0)], slip_through)
+                assert loop.run_until(lambda: push.free_slots == 1, 10)
+                log = "\n".join(server.control.logs("one"))
+                assert log.count("one by one") == number
+                assert log.count("a batch failed (block one was given x as ") == number
+        loop.close()
+
+        def computed() -> dict[str, int]:
+            return {block["name"]: block["requests"] for block in server.control.blocks()}
+
+        good = 5 * len(poisons)  # and what was wrong goes no further
+        counts = {"one": good + len(poisons), "two": good, "three": good}
+        wait_for(lambda: computed() == counts, 5, "reports")
+        assert server.block("one")["pid"] == pid
+
+
+class Moody(nn.Module):
+    """float32[batch, 16] → twice that, or one row where a value is below -100."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.min()) < -100:
+            return x[:1]
+        return x * 2
+
+
+def test_a_model_that_gives_too_few_rows_fails_the_request_that_makes_it(
+    store: Store, tmp_path: Path, directory: Path
+) -> None:
+    path = tmp_path / "moody.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(Moody()), path)
+    port = Port("x", "float32", ("batch", 16))
+    (block,) = split_model(ScriptFile("moody", path, (port,)), 1, store).blocks
+    delayed = {"max_delay_ms": 500, "max_batch": 32}
+    wanted = topology(store.root, {"a": {"moody": str(block.digest)}}, moody=delayed)
+
+    def good(client: InferenceClient) -> None:
+        x = some_rows(2)
+        np.testing.assert_array_equal(client.infer("a", {"x": x})["output"], x * 2)
+
+    def bad(client: InferenceClient) -> None:
+        with pytest.raises(BlockFlowError, match=r"gave output as \[1, 16\] for 2 rows"):
+            client.infer("a", {"x": some_rows(2) - 1000})
+
+    with Server(directory, wanted, *_PATIENT) as server:
+        server.wait_ready()
+        together(server, [good, good, bad, good])
+        log = "\n".join(server.control.logs("moody"))
+        assert "a batch failed (block moody gave output as [1, 16] for 8 rows); one by one" in log
+        assert server.block("moody")["restarts"] == 0
 
 
 def test_requests_of_different_pipelines_are_computed_together(

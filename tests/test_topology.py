@@ -141,7 +141,7 @@ def test_mps_is_set_for_a_gpu_also_in_yaml_s_own_words() -> None:
 def test_how_a_block_is_computed_is_checked() -> None:
     text = f"""
 blocks:
-  a: {{artifact: {DIGEST}, precision: half, channels_last: 1, cuda_graph: auto}}
+  a: {{artifact: {DIGEST}, precision: half, channels_last: 1, cuda_graph: auto, compile: 1}}
   b: {{artifact: {DIGEST}, max_delay_ms: -1}}
   c: {{artifact: {DIGEST}, max_delay_ms: .inf}}
   d: {{artifact: {DIGEST}, max_delay_ms: yes}}
@@ -151,10 +151,30 @@ blocks:
         "blocks.a.precision: must be fp32, tf32, fp16 or bf16, not 'half'",
         "blocks.a.channels_last: must be true or false, not 1",
         "blocks.a.cuda_graph: must be true or false, not 'auto'",
+        "blocks.a.compile: must be true or false, not 1",
         f"blocks.b.max_delay_ms: {delay}, not -1",
         f"blocks.c.max_delay_ms: {delay}, not inf",
         f"blocks.d.max_delay_ms: {delay}, not True",
     ]
+    for value, said in (
+        ("3-1", "'3-1'"),
+        ("0-", "'0-'"),
+        ("'-1'", "'-1'"),
+        ("0-99999", "'0-99999'"),
+        ("[0, 4096]", "[0, 4096]"),
+        ("[0, true]", "[0, True]"),
+        ("['0']", "['0']"),
+        ("[]", "[]"),
+        ("3", "3"),
+        ("{0: 1}", "{0: 1}"),
+    ):
+        assert problems(f"blocks: {{a: {{artifact: {DIGEST}, cpus: {value}}}}}") == [
+            f'blocks.a.cpus: must be cores, such as "0-3,6" or [0, 1, 2, 3, 6], not {said}'
+        ]
+    for value in ("'0-2,6'", "'6, 0-1,1-2'", "[6, 2, 1, 0, 0]"):
+        pinned = parse(f"blocks: {{a: {{artifact: {DIGEST}, cpus: {value}}}}}")
+        assert pinned.blocks["a"].cpus == (0, 1, 2, 6)
+        assert parse(dump(pinned)) == pinned
     good = f"{{artifact: {DIGEST}, cuda_graph: off, max_delay_ms: 2, precision: bf16}}"
     block = parse(f"blocks: {{a: {good}}}").blocks["a"]
     assert (block.cuda_graph, block.max_delay_ms, block.precision) == (False, 2.0, "bf16")

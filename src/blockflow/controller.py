@@ -451,7 +451,7 @@ class Controller:
             problems.append("store: say in which directory the artifacts are")
         found = await asyncio.to_thread(_read_manifests, topology, store)
         present = [device.name for device in await asyncio.to_thread(devices.list_devices)]
-        problems += reconcile.validate(topology, found, present)
+        problems += reconcile.validate(topology, found, present, cores.present())
         if problems:
             raise TopologyInvalid(problems)
         return store, {d: m for d, m in found.items() if isinstance(m, Manifest)}
@@ -667,6 +667,8 @@ class Controller:
         self._journal.write(EventKind.WORKER_STARTED, spec.name)
         try:
             environment = await self._mps.environment(spec.device) if spec.mps else {}
+            if any(block.compile for block in spec.blocks):
+                environment = {**environment, protocol.MACHINE_CODE: str(self._state.machine_code)}
             worker.child = await self._supervisor.spawn(
                 f"worker {spec.name}",
                 "blockflow.worker",

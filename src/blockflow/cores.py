@@ -3,7 +3,8 @@
 A block that computes alone should have all cores, and blocks that compute side by side should not
 each have as many threads as there are cores: their threads would wait at each other's barriers. So
 every block on the CPU notes in a page that all workers of a server share since when it computes,
-and takes its part of the cores, by the number of blocks that do, for as long as it computes.
+and takes its part of the cores, by the number of blocks that do, for as long as it computes. A
+block that is pinned to cores divides them with nobody: who pins has divided already.
 
 The page is a hint, written without locks. A block that died while it computed counts for a while.
 """
@@ -15,6 +16,7 @@ import os
 import struct
 import time
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 _PLACES = mmap.PAGESIZE // 8
@@ -22,9 +24,19 @@ _FORGOTTEN = 5.0
 """Seconds after which a block that computes no longer counts: it may be dead."""
 
 
+def present() -> frozenset[int]:
+    """The numbers of the cores that this thread, and what it starts, may run on."""
+    return frozenset(os.sched_getaffinity(0))
+
+
+def pin(cores: Collection[int]) -> None:
+    """Have this thread, and the threads that it starts from now on, stay on `cores`."""
+    os.sched_setaffinity(0, cores)
+
+
 def available() -> int:
-    """The cores that this process may use: by affinity, and by the quota of its control group."""
-    cores = len(os.sched_getaffinity(0))
+    """The cores that this thread may use: by affinity, and by the quota of its control group."""
+    cores = len(present())
     quota = _quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
 
@@ -41,12 +53,16 @@ def _quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
 class Cores:
     """One block's part of the cores. path: the page. block: a name that no other block has.
 
-    most: threads that the block may have at all; every core by default.
+    most: threads that the block may have at all; every core by default. alone: the cores that
+    this thread may use are this block's, whoever else computes.
     """
 
-    def __init__(self, path: Path, block: str, most: int | None = None) -> None:
+    def __init__(
+        self, path: Path, block: str, most: int | None = None, *, alone: bool = False
+    ) -> None:
         self._cores = available()
         self._most = min(most or self._cores, self._cores)
+        self._alone = alone
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(fd, _PLACES * 8)
@@ -60,6 +76,8 @@ class Cores:
         """Begin to compute: how many threads to do it with."""
         now = time.monotonic()
         struct.pack_into("<d", self._page, self._offset, now)
+        if self._alone:
+            return self._most
         begun = struct.unpack_from(f"<{_PLACES}d", self._page)
         busy: int = sum(now - since < _FORGOTTEN for since in begun if since)
         return max(1, min(self._most, self._cores // max(1, busy)))

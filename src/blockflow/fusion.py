@@ -52,7 +52,9 @@ def _agree(first: Block, second: Block) -> bool:
         and second.fuse
         and first.max_batch == second.max_batch
         and first.cuda_graph == second.cuda_graph
+        and first.compile == second.compile
         and first.threads == second.threads
+        and first.cpus == second.cpus
     )
 
 

@@ -7,6 +7,7 @@ operator, such as those that write files: they are code, and to be trusted like 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import IO
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from blockflow.archive import first_line
 from blockflow.artifact import PROGRAM_FILE, Manifest, Store
@@ -41,8 +42,13 @@ class Program:
     inputs: where the program would, it works on copies.
 
     `call` takes and gives float32 as `dtype`, and images with channels last if `channels_last`; for
-    callers the ports are as the manifest says.
+    callers the ports are as the manifest says. `module` is the graph that it runs, where there is
+    one.
     """
+
+    compiled = False
+    uncompiled: str | None = None
+    """Why it is not compiled, though that was asked for."""
 
     def __init__(
         self,
@@ -52,10 +58,12 @@ class Program:
         *,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        module: fx.GraphModule | None = None,
     ) -> None:
         self.manifest = manifest
         self.device = device
         self.dtype = dtype
+        self.module = module
         self.dtypes = frozenset({dtype})
         """What float32 is computed in, somewhere on the way."""
         self.ports = manifest.inputs + manifest.outputs
@@ -67,7 +75,7 @@ class Program:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode():
-            tensors = [self._inside(inputs[name]) for name in self._inputs]
+            tensors = [self.inside(inputs[name]) for name in self._inputs]
             if self.manifest.mutates_inputs:
                 tensors = [tensor.clone() for tensor in tensors]
             outputs = self._call(*tensors)
@@ -76,7 +84,21 @@ class Program:
                 for name, tensor in zip(self._outputs, outputs, strict=True)
             }
 
-    def _inside(self, tensor: Tensor) -> Tensor:
+    def compiled_to(self, call: Callable[..., Sequence[Tensor]]) -> Program:
+        """The same program, run by `call` from now on."""
+        made = copy.copy(self)
+        made._call = call
+        made.compiled = True
+        return made
+
+    def left_uncompiled(self, reason: str) -> Program:
+        """The same program, which could not be compiled for `reason`."""
+        made = copy.copy(self)
+        made.uncompiled = f"not compiled: {reason}"
+        return made
+
+    def inside(self, tensor: Tensor) -> Tensor:
+        """An input as `call` takes it."""
         dtype = self.dtype if tensor.dtype == torch.float32 else tensor.dtype
         if self._channels_last and tensor.dim() == 4:
             return tensor.to(dtype, memory_format=torch.channels_last)
@@ -102,6 +124,8 @@ class Chain(Program):
         ]
         self.ports = tuple(port for program in programs for port in program.ports)
         self.dtypes = frozenset(program.dtype for program in programs)
+        self.compiled = all(program.compiled for program in programs)
+        self.uncompiled = next((p.uncompiled for p in programs if p.uncompiled), None)
 
     def _through(self, *tensors: Tensor) -> Sequence[Tensor]:
         first, *others = self._programs
@@ -130,6 +154,7 @@ def load(
     dtype = _DTYPES[precision]
     if place.type == "cuda" and dtype == torch.float32:
         _round_to_tf32(precision == "tf32")
+    module: fx.GraphModule | None = None
     match manifest.format:
         case "torch.export":
             module = plain_module(read_program(store, manifest, place), place)
@@ -150,7 +175,7 @@ def load(
             def call(*tensors: Tensor) -> Sequence[Tensor]:
                 return flatten_outputs(script(*tensors), names)
 
-    return Program(manifest, place, call, dtype=dtype, channels_last=channels_last)
+    return Program(manifest, place, call, dtype=dtype, channels_last=channels_last, module=module)
 
 
 def _round_to_tf32(rounded: bool) -> None:

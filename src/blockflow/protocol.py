@@ -26,6 +26,10 @@ Incarnation = NewType("Incarnation", int)
 """Counts every child process that a server starts, so that a successor is never mistaken."""
 
 
+MACHINE_CODE = "TORCHINDUCTOR_CACHE_DIR"
+"""The environment variable that says where a worker keeps the machine code that it makes."""
+
+
 class Step(msgspec.Struct, frozen=True):
     """A block on a route. `feeds` says for each of its inputs where it comes from.
 
@@ -193,10 +197,10 @@ class BlockReport(msgspec.Struct, frozen=True):
 
     `batch_sizes` counts requests per batch, `queued` the requests that wait now and `incomplete`
     those of which a part is still to come. `queue` and `hop` count seconds of each computed
-    request, as `Hop` tells them apart. `runner` is "cuda graph" or "eager"; `runner_reason` says
-    why a block on a GPU runs eagerly. A block that is run in one go with the ones before it is
-    `fused_into` the first of them: what can be told of all of them together is told there, and the
-    last one has the channels.
+    request, as `Hop` tells them apart. `runner` is "eager", "compiled", "cuda graph" or "compiled,
+    cuda graph"; `runner_reason` says why it is not what was asked for. A block that is run in one
+    go with the ones before it is `fused_into` the first of them: what can be told of all of them
+    together is told there, and the last one has the channels.
     """
 
     block: BlockName

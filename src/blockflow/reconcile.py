@@ -40,7 +40,9 @@ class BlockSpec(msgspec.Struct, frozen=True):
     precision: Precision = "fp32"
     channels_last: bool = False
     cuda_graph: bool = True
+    compile: bool = False
     threads: int | None = None
+    cpus: tuple[int, ...] | None = None
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -78,6 +80,7 @@ def validate(
     topology: Topology,
     manifests: Mapping[Digest, Manifest | str],
     devices: Collection[str],
+    cpus: Collection[int] = (),
 ) -> list[str]:
     """List every reason why `topology` cannot be deployed; an empty list means that it can.
 
@@ -86,10 +89,12 @@ def validate(
         manifests: what the store says of each artifact: its manifest, or in words why it has none.
             A digest that is absent is not in the store.
         devices: the names of the devices that exist ("cpu", "cuda:0", ...).
+        cpus: the numbers of the cores that workers may run on.
     """
     return [
         *_artifact_problems(topology, manifests),
         *_device_problems(topology, devices),
+        *_core_problems(topology, cpus),
         *_worker_problems(topology),
         *_member_problems(topology),
         *_cycle_problems(topology),
@@ -144,7 +149,9 @@ def plan_workers(topology: Topology, mps: Collection[str] = ()) -> dict[WorkerNa
             precision=block.precision,
             channels_last=block.channels_last,
             cuda_graph=block.cuda_graph,
+            compile=block.compile,
             threads=block.threads,
+            cpus=block.cpus,
         )
         members[WorkerName(block.worker or name)].append(spec)
     fused = chains(topology)
@@ -283,6 +290,33 @@ def _device_problems(topology: Topology, devices: Collection[str]) -> Iterator[s
         if name not in devices:
             there_are = ", ".join(sorted(devices)) or "none"
             yield f"devices.{name}: there is no device {name} here; there are: {there_are}"
+
+
+def _core_problems(topology: Topology, cpus: Collection[int]) -> Iterator[str]:
+    for name, block in topology.blocks.items():
+        missing = [core for core in block.cpus or () if core not in cpus]
+        if missing:
+            yield (
+                f"block {name}: cpus names {_cores(missing)}, and this server may run on "
+                f"{_cores(sorted(cpus))}; choose among those"
+            )
+        if block.cpus and block.threads and block.threads > len(block.cpus):
+            yield (
+                f"block {name}: {block.threads} threads cannot run side by side on "
+                f"{_cores(block.cpus)}; lower threads or name more cpus"
+            )
+
+
+def _cores(numbers: Sequence[int]) -> str:
+    """Cores as people write them: `core 5`, `cores 0-3,6`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{'core' if len(numbers) == 1 else 'cores'} {text or 'none'}"
 
 
 def _worker_problems(topology: Topology) -> Iterator[str]:

@@ -29,11 +29,9 @@ from blockflow.archive import first_line
 from blockflow.errors import BlockFailed
 from blockflow.export import example, has_rows
 from blockflow.program import Program
+from blockflow.tolerance import agree
 
 _WARM_RUNS = 3
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far two ways to compute the same may lie apart, as a part of the largest value: for other
-numbers of rows, other algorithms are chosen."""
 
 # Capturing changes how the whole process allocates and which convolutions it tries.
 _preparing = threading.Lock()
@@ -96,12 +94,12 @@ class Loan:
 class EagerRunner:
     """Calls the program. `reason` says why not something faster, where that could be expected."""
 
-    kind = "eager"
     copies = False
     """Whether `take` copies its tensors, or refers to them until the run is over."""
 
     def __init__(self, program: Program, reason: str | None = None) -> None:
-        self.reason = reason
+        self.kind = "compiled" if program.compiled else "eager"
+        self.reason = "; ".join(filter(None, (reason, program.uncompiled))) or None
         self._program = program
         self._inputs: dict[str, Tensor] = {}
 
@@ -137,11 +135,11 @@ class GraphRunner:
     the largest's: they run one at a time.
     """
 
-    kind = "cuda graph"
-    reason: str | None = None
     copies = True
 
     def __init__(self, program: Program, largest: int) -> None:
+        self.kind = "compiled, cuda graph" if program.compiled else "cuda graph"
+        self.reason = program.uncompiled
         self._program = program
         self._stream = torch.cuda.current_stream(program.device)
         self._loans: list[Loan] = []
@@ -360,22 +358,8 @@ def _apart(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> dict[
 def _compare(
     name: str, found: Tensor, expected: Tensor, computed_in: Collection[torch.dtype]
 ) -> None:
-    if not expected.dtype.is_floating_point:
-        same = torch.equal(found, expected)
-    else:
-        size = torch.nan_to_num(expected.double(), posinf=0.0, neginf=0.0).abs()
-        tolerance = max(map(_tolerance, {expected.dtype, *computed_in}))
-        bound = tolerance * float(size.max() if size.numel() else 0.0)
-        same = torch.allclose(
-            found.double(), expected.double(), rtol=0.0, atol=bound, equal_nan=True
-        )
-    if not same:
+    if not agree(found, expected, computed_in):
         raise NotCapturable(
             f"replayed, {name} is another than when it is called: the model draws random numbers, "
             "or the rows of a batch depend on each other"
         )
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    tf32 = torch.backends.cudnn.allow_tf32
-    return 1e-2 if dtype == torch.float32 and tf32 else _TOLERANCE[dtype]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from blockflow.artifact import BATCH
 from blockflow.batching import Limits, Waiting, decide
-from blockflow.cores import Cores
+from blockflow.cores import Cores, pin
 from blockflow.counting import BATCH_SIZES, BLOCK_SECONDS, Buckets
 from blockflow.errors import (
     BlockFailed,
@@ -33,6 +33,7 @@ from blockflow.errors import (
     Overloaded,
     Unavailable,
 )
+from blockflow.export import has_rows
 from blockflow.joining import Joins, Verdict
 from blockflow.ledger import Ledger, ledger_path
 from blockflow.program import Program
@@ -247,6 +248,8 @@ class Block:
         self._local_counts: dict[BlockName, list[int]] = {}
         self._counts = _Counts()
         self._launched: deque[_Launch] = deque()  # always empty on a CPU
+        # What an input must be, by its name and the number of rows.
+        self._wanted: dict[tuple[str, int], tuple[torch.dtype, torch.Size]] = {}
         self._busy_until = float("-inf")
         self._next_look = 0.0
         self._threads = 0
@@ -374,6 +377,10 @@ class Block:
     def _run(self) -> None:
         try:
             with contextlib.ExitStack() as stack:
+                if self.spec.cpus is not None:
+                    # Before anything is computed: torch's threads of this one come with its first
+                    # computation, and start where it may run.
+                    pin(self.spec.cpus)
                 if self._gpu:
                     torch.cuda.set_device(self._device)
                     stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self._device)))
@@ -409,7 +416,12 @@ class Block:
         )
         path = ledger_path(self.endpoint)
         self._ledger = Ledger(path)
-        self._cores = Cores(path.with_name("all.cores"), path.name, self.spec.threads)
+        self._cores = Cores(
+            path.with_name("all.cores"),
+            path.name,
+            self.spec.threads,
+            alone=self.spec.cpus is not None,
+        )
         self._push.on_lost = lambda peer: log.info("lost %s: %s", peer.endpoint, peer.lost)
 
     def _close(self) -> None:
@@ -613,6 +625,7 @@ class Block:
             self._runner.take(inputs)
         with self._on_cores():
             outputs = self._runner.run()
+        self._check_rows(outputs, sum(item.request.rows for item in batch))
         ended = self._event(timing=True)
         self._counts.sizes.add(len(batch))
         computed = None if self._gpu else time.monotonic() - started
@@ -685,18 +698,44 @@ class Block:
                     # Its own stream's allocator may not reuse it while this stream reads it.
                     tensor.record_stream(stream)
         return {
-            port: [self._here(*run) for run in _runs(batch, port)] for port in batch[0].way.feeds
+            port: [self._here(port, *run) for run in _runs(batch, port)]
+            for port in batch[0].way.feeds
         }
 
-    def _here(self, arrival: _Arrival, name: str, rows: slice | None) -> Tensor:
+    def _here(
+        self, port: str, arrival: _Arrival, name: str, rows: slice | None, count: int
+    ) -> Tensor:
+        """A part of the input `port`, with `count` rows. Raises BlockFailed for what does not fit:
+        beside others in a batch it would shift their rows, or change their dtype."""
         tensor = arrival.tensors[name]
         if rows is not None:
             tensor = tensor[rows]
+        wanted = self._wanted.get((port, count))
+        if wanted is None:
+            wanted = self._wanted[port, count] = self._expect(port, count)
+        if (tensor.dtype, tensor.shape) != wanted:
+            raise BlockFailed(
+                f"block {self.spec.name} was given {port} as {tensor.dtype} {list(tensor.shape)} "
+                f"and takes {wanted[0]} {list(wanted[1])}"
+            )
         if self._runner.copies:
             return tensor
         if arrival.loan is not None:
             return tensor.clone()
         return tensor.to(self._device, non_blocking=True)
+
+    def _expect(self, port: str, count: int) -> tuple[torch.dtype, torch.Size]:
+        known = next(each for each in self._program.manifest.inputs if each.name == port)
+        return getattr(torch, known.dtype), torch.Size(known.sized(count))
+
+    def _check_rows(self, outputs: Mapping[str, Tensor], rows: int) -> None:
+        """Raises BlockFailed where it cannot be told which rows are whose."""
+        for port in self._program.manifest.outputs:
+            if has_rows(port) and outputs[port.name].shape[:1] != (rows,):
+                raise BlockFailed(
+                    f"block {self.spec.name} gave {port.name} as "
+                    f"{list(outputs[port.name].shape)} for {rows} rows"
+                )
 
     def _hand_on(
         self,
@@ -921,8 +960,9 @@ def _messages(batch: Sequence[_Item]) -> Iterator[tuple[int, int, int, int]]:
     yield first, len(batch), start, rows
 
 
-def _runs(batch: Sequence[_Item], port: str) -> Iterator[tuple[_Arrival, str, slice | None]]:
-    """What feeds `port`: stretches of rows that lie together, None for all that arrived."""
+def _runs(batch: Sequence[_Item], port: str) -> Iterator[tuple[_Arrival, str, slice | None, int]]:
+    """What feeds `port`: stretches of rows that lie together, None for all that arrived, and how
+    many rows there should be."""
     run: list[_Part] = []
     name = ""
     for item in batch:
@@ -940,11 +980,12 @@ def _runs(batch: Sequence[_Item], port: str) -> Iterator[tuple[_Arrival, str, sl
     yield _stretch(run, name)
 
 
-def _stretch(run: Sequence[_Part], name: str) -> tuple[_Arrival, str, slice | None]:
+def _stretch(run: Sequence[_Part], name: str) -> tuple[_Arrival, str, slice | None, int]:
     arrival = run[0].arrival
     # All that arrived may have no dimension to cut.
     whole = len(run) == arrival.total
-    return arrival, name, None if whole else slice(run[0].rows.start, run[-1].rows.stop)
+    start, stop = run[0].rows.start, run[-1].rows.stop
+    return arrival, name, None if whole else slice(start, stop), stop - start
 
 
 def _nothing() -> None:

@@ -74,6 +74,16 @@ class State:
         logs.mkdir(mode=0o700, exist_ok=True)
         return logs
 
+    @property
+    def machine_code(self) -> Path:
+        """The directory for what compiling makes, which is loaded again: of this user alone."""
+        directory = self._directory / "compiled"
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StartFailed(f"cannot make the directory {directory}: {error}") from error
+        return directory
+
     def close(self) -> None:
         with self._guard:
             self._database.close()

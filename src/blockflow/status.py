@@ -80,10 +80,11 @@ class BlockStatus(_Frozen):
         None, description="mean time that a request waited at the block, in milliseconds"
     )
     runner: str | None = Field(
-        None, description="how it is run: cuda graph, or eager; null until it is loaded"
+        None,
+        description="how it is run: eager, compiled, cuda graph, or both; null until it is loaded",
     )
     runner_reason: str | None = Field(
-        None, description="why a block on a GPU is not run from CUDA graphs"
+        None, description="why it is not compiled, or on a GPU not run from CUDA graphs"
     )
     fused_into: str | None = Field(
         None, description="the first of the blocks with which it is run in one go, and timed"

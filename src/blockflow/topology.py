@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, NewType, Self
 
@@ -19,6 +20,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -46,6 +48,24 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 
 INPUT = "input"
 """What a pipeline's graph calls the tensors that clients send."""
+
+
+_MOST_CPUS = 4095
+
+
+def _cores_in(text: str) -> list[int]:
+    """The numbers that `0-3,6` names. Raises PydanticCustomError."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,4})(?:-([0-9]{1,4}))?\s*", part, re.ASCII)
+        if match is None:
+            raise PydanticCustomError("cpus", "are no cores")
+        first = int(match[1])
+        last = first if match[2] is None else int(match[2])
+        if last < first:
+            raise PydanticCustomError("cpus", "are no cores")
+        found += range(first, last + 1)
+    return found
 
 
 def _shape(value: object) -> str:
@@ -104,6 +124,11 @@ class Block(_Frozen):
     cuda_graph: bool = Field(
         True, strict=True, description="replay the block from CUDA graphs, where it can be captured"
     )
+    compile: bool = Field(
+        False,
+        strict=True,
+        description="compile the program before the block is ready, which may take minutes",
+    )
     threads: int | None = Field(
         None,
         ge=1,
@@ -112,11 +137,31 @@ class Block(_Frozen):
         description="most threads on the CPU; by default all cores, divided among the blocks that "
         "compute at the same moment",
     )
+    # Strict all the way: PyYAML reads a bare 0-3 as text, and 3 as a number.
+    cpus: tuple[Annotated[int, Field(ge=0, le=_MOST_CPUS, strict=True)], ...] | None = Field(
+        None,
+        min_length=1,
+        description='cores that the block\'s threads stay on, such as "0-3,6" or [0, 1]; it has '
+        "them for itself as far as other blocks are concerned",
+    )
     fuse: bool = Field(
         True,
         strict=True,
         description="run in one go with the neighbours in its worker that nothing else leads to",
     )
+
+    @field_validator("cpus", mode="wrap")
+    @classmethod
+    def _as_numbers(
+        cls, value: object, read: ValidatorFunctionWrapHandler
+    ) -> tuple[int, ...] | None:
+        if isinstance(value, str):
+            value = _cores_in(value)
+        try:
+            cores: tuple[int, ...] | None = read(value)
+        except ValidationError:
+            raise PydanticCustomError("cpus", "are no cores") from None
+        return None if cores is None else tuple(sorted(set(cores)))
 
 
 class Reference(NamedTuple):
@@ -408,9 +453,11 @@ _EXPECTED = {
     "precision": "must be fp32, tf32, fp16 or bf16",
     "channels_last": "must be true or false",
     "cuda_graph": "must be true or false",
+    "compile": "must be true or false",
     "mps": "must be auto, on or off",
     "fuse": "must be true or false",
     "threads": "must be a whole number from 1 to 1024",
+    "cpus": 'must be cores, such as "0-3,6" or [0, 1, 2, 3, 6]',
     "store": "must be the path of a directory",
 }
 

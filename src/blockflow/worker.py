@@ -103,6 +103,7 @@ class Worker:
 
     def _load(self, load: protocol.Load) -> None:
         from blockflow import program as programs  # noqa: PLC0415
+        from blockflow.compilation import compiled  # noqa: PLC0415
         from blockflow.runtime import Block  # noqa: PLC0415
 
         store = Store(Path(load.store))
@@ -119,7 +120,7 @@ class Worker:
                 )
             except (BlockFlowError, RuntimeError) as error:
                 raise StartFailed(f"block {spec.name} cannot be loaded: {error}") from error
-            loaded[spec.name] = program
+            loaded[spec.name] = compiled(program, spec.max_batch) if spec.compile else program
         fused = {chain[0]: chain[1:] for chain in load.chains}
         inner = {name for others in fused.values() for name in others}
         for spec, endpoint in zip(load.blocks, load.endpoints, strict=True):
