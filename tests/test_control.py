@@ -220,8 +220,15 @@ def test_every_worker_is_killed_in_turn_under_load(base: dict[str, Any], directo
         assert life[2][1] == "its process ended with signal 9"
 
 
-def test_a_worker_that_stands_still_is_replaced(base: dict[str, Any], directory: Path) -> None:
-    with Server(directory, base, "--heartbeat-timeout", "4") as server:
+def test_a_worker_that_stands_still_is_replaced(
+    mlp: list[str], base: dict[str, Any], directory: Path
+) -> None:
+    wanted = {
+        "store": base["store"],
+        "blocks": {**base["blocks"], "other": {"artifact": mlp[0]}},
+        "pipelines": {**base["pipelines"], "b": {"blocks": ["other"]}},
+    }
+    with Server(directory, wanted, "--heartbeat-timeout", "5") as server:
         server.wait_ready()
         with Load(server, "a", Mlp()) as load:
             wait_for(lambda: load.good > 3, 10, "answers")
@@ -229,13 +236,18 @@ def test_a_worker_that_stands_still_is_replaced(base: dict[str, Any], directory:
             os.kill(pid, signal.SIGSTOP)
             # It is no longer called ready before it is certain that it hangs.
             wait_for(lambda: not server.control.ready(), 4, "not ready")
+            wait_for(lambda: not server.inference.ready("a"), 4, "not ready for clients")
+            said = {p["name"]: (p["ready"], p["reason"]) for p in server.control.pipelines()}
+            assert said["b"] == (True, None)
+            assert said["a"] == (False, "worker two has said nothing for more than 2.5 s")
+            assert server.inference.ready("b")
             wait_for(lambda: server.block("two")["pid"] not in {None, pid}, 30, "a successor")
             server.wait_ready()
             good = load.good
             wait_for(lambda: load.good > good + 3, 10, "answers")
         assert load.failures == []
         log = server.log.read_text()
-        assert "worker two failed: it has said nothing for 4 s, so it was killed" in log
+        assert "worker two failed: it has said nothing for 5 s, so it was killed" in log
 
 
 def test_a_server_that_stood_still_does_not_blame_its_workers(

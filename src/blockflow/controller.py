@@ -105,6 +105,12 @@ class _Road:
                 return f"block {step.block} failed: {worker.reason}"
         return None
 
+    @property
+    def silent(self) -> str | None:
+        """Why it is not certain that anything arrives that travels here, or None."""
+        children = (worker.child for worker in self.workers if worker.child is not None)
+        return next(filter(None, map(_silence, children)), None)
+
 
 @dataclass(frozen=True)
 class _Deployed:
@@ -381,7 +387,7 @@ class Controller:
         statuses = []
         for model in self._models():
             name = PipelineName(model.metadata.name)
-            reason = model.reason if self._serving else _NO_GATEWAY
+            reason = self._no_gateway or model.reason
             count = counts.get(name)
             pipeline = self._deployed.topology.pipelines[name]
             statuses.append(
@@ -412,24 +418,29 @@ class Controller:
         """What should serve and does not, and why. An update that is under way is not counted."""
         if not self._begun:
             return ["the first topology is being deployed"]
-        if not self._serving:
-            return [_NO_GATEWAY]
+        if self._no_gateway is not None:
+            return [self._no_gateway]
         pipelines = [
             f"pipeline {model.metadata.name} is not ready: {model.reason}"
             for model in self._models()
-            if model.route is None
+            if model.reason is not None
         ]
         workers = [
             f"worker {name} failed: {worker.reason}"
             for name, worker in self._deployed.workers.items()
             if worker.state is BlockState.FAILED
         ]
-        silent = [
-            f"{child.name} has said nothing for {child.silent:.1f} s"
-            for child in self._watched()
-            if child.silent > _NOT_READY_WHEN_SILENT
-        ]
-        return pipelines + workers + silent
+        return pipelines + workers + self._silences()
+
+    @property
+    def _no_gateway(self) -> str | None:
+        """Why nobody can be answered, or None."""
+        if not self._serving or self._gateway is None:
+            return _NO_GATEWAY
+        return _silence(self._gateway)
+
+    def _silences(self) -> list[str]:
+        return [silence for child in self._watched() if (silence := _silence(child)) is not None]
 
     # Deciding
 
@@ -463,8 +474,10 @@ class Controller:
             rows = reconcile.rows_of(now.topology, name)
             metadata = ModelMetadata(name, wired.inputs, wired.outputs, rows)
             road = now.roads.get(name)
-            reason = self._missing(now, name) if road is None else road.broken
-            route = road.route.id if road is not None and reason is None else None
+            broken = self._missing(now, name) if road is None else road.broken
+            route = road.route.id if road is not None and broken is None else None
+            # Requests still go to a worker that is silent: it may only be slow.
+            reason = road.silent if road is not None and broken is None else broken
             returning = road is not None and all(
                 worker.state is not BlockState.FAILED or worker.returning for worker in road.workers
             )
@@ -798,11 +811,12 @@ class Controller:
 
     async def _publish(self) -> None:
         """Tell the gateway what serves from now on."""
-        if self._gateway is not None and self._gateway.alive:
+        gateway = self._gateway
+        if gateway is not None and gateway.alive:
             # A gateway that fails here is ending, and its successor is told again.
             with contextlib.suppress(StartFailed):
-                await self._gateway.command(protocol.Publish(tuple(self._models())))
-                self._serving = True
+                await gateway.command(protocol.Publish(tuple(self._models())))
+                self._serving = self._serving or gateway is self._gateway
 
     async def _leave(self, roads: Iterable[_Road]) -> None:
         """Let what travels on `roads` arrive, then forget them."""
@@ -1074,9 +1088,17 @@ class Controller:
         return [*workers, *([self._gateway] if self._gateway is not None else ())]
 
     async def _look(self) -> None:
-        """Kill what is hung; its death is then met like any other."""
+        """Kill what is hung; its death is then met like any other.
+
+        Before that is certain, the gateway is told what has become silent.
+        """
         limit = self._options.heartbeat_timeout_s
+        told: list[str] = []
         while True:
+            if (silences := self._silences()) != told:
+                told = silences
+                # Not awaited: the gateway may be what is silent.
+                self._repair(self._publish())
             for child in self._watched():
                 if child.silent > limit:
                     self._condemn(child, f"it has said nothing for {limit:g} s")
@@ -1108,6 +1130,13 @@ def _access(options: ServeOptions) -> list[str]:
         if path is not None:
             flags += [flag, str(path)]
     return flags
+
+
+def _silence(child: Child) -> str | None:
+    """What to say of a process that says nothing itself, or None."""
+    if child.silent <= _NOT_READY_WHEN_SILENT:
+        return None
+    return f"{child.name} has said nothing for more than {_NOT_READY_WHEN_SILENT:g} s"
 
 
 def _fate(spec: WorkerSpec) -> str:
