@@ -279,14 +279,22 @@ def test_a_gateway_that_stands_still_is_replaced(base: dict[str, Any], directory
 def test_a_block_that_computes_for_ever_is_replaced(store: Store, directory: Path) -> None:
     digest = store_model(store, Endless(), 1)[0]
     wanted = topology(store.root, {"e": {"endless": digest}})
-    with Server(directory, wanted, "--request-timeout", "1", "--hang-grace", "1") as server:
+    with Server(directory, wanted, "--request-timeout", "5", "--hang-grace", "1") as server:
         server.wait_ready(120)
         events = follow(server)
         with pytest.raises(DeadlineExceeded):
-            server.inference.infer("e", {"x": some_rows()})
+            server.inference.infer("e", {"x": some_rows()}, deadline=0.2)
+        # Marked by its own deadline, and killed by the longest that any request may have.
+        wait_for(lambda: not server.inference.ready("e"), 4, "a doubt")
+        overdue = "block endless computes a request that was due 1 s ago or more"
+        (pipeline,) = server.control.pipelines()
+        assert pipeline["reason"] == server.block("endless")["reason"] == overdue
+        assert server.block("endless")["state"] == "ready"
         wait_for(lambda: "worker_failed" in [e["kind"] for e in events], 20, "an end of it")
-        (reason,) = [e["reason"] for e in events if e["kind"] == "worker_failed"]
-        assert reason == "block endless computed one request for 2 s, so it was killed"
+        reasons = {e["kind"]: e["reason"] for e in events}
+        assert reasons["worker_overdue"] == overdue
+        killed = "block endless computed one request for 6 s, so it was killed"
+        assert reasons["worker_failed"] == killed
         server.wait_ready(120)
 
 

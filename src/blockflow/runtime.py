@@ -34,7 +34,7 @@ from blockflow.errors import (
     Unavailable,
 )
 from blockflow.joining import Joins, Verdict
-from blockflow.ledger import Ledger, ledger_path
+from blockflow.ledger import Entry, Ledger, ledger_path
 from blockflow.program import Program
 from blockflow.protocol import (
     BlockReport,
@@ -223,7 +223,7 @@ class Block:
         self._local_counts: dict[BlockName, list[int]] = {}
         self._counts = _Counts()
         # Launched and not known to be done: begin, end, the requests in it. Empty on a CPU.
-        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[int]]] = deque()
+        self._timed: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[Entry]]] = deque()
         self._busy_until = float("-inf")
         self._next_look = 0.0
         self._threads = 0
@@ -546,7 +546,7 @@ class Block:
         for item in batch:
             pipeline = item.way.pipeline
             counts.requests[pipeline] = counts.requests.get(pipeline, 0) + 1
-        self._write_ledger([item.request.id for item in batch])
+        self._write_ledger(_entries(batch))
         try:
             self._forward(batch)
         except torch.AcceleratorError as error:
@@ -588,7 +588,7 @@ class Block:
         self._counts.sizes.add(len(batch))
         self._counts.queue_ms += sum(started - item.since for item in batch) * 1e3
         if began is not None and ended is not None:
-            self._timed.append((began, ended, [item.request.id for item in batch]))
+            self._timed.append((began, ended, _entries(batch)))
         else:
             self._counts.compute_ms += (finished - started) * 1e3
         hops = [
@@ -774,9 +774,9 @@ class Block:
         if known:
             self._write_ledger([])
 
-    def _write_ledger(self, beginning: Iterable[int]) -> None:
+    def _write_ledger(self, beginning: Iterable[Entry]) -> None:
         """Say what is being computed: what begins now, and what a GPU has not finished."""
-        launched = (number for _, _, numbers in self._timed for number in numbers)
+        launched = (entry for _, _, entries in self._timed for entry in entries)
         self._ledger.write([*launched, *beginning])
 
     # The thread: routes
@@ -855,6 +855,10 @@ class Block:
             if id(peer) not in needed:
                 del self._peers[key]
                 self._push.disconnect(peer)
+
+
+def _entries(batch: Iterable[_Item]) -> list[Entry]:
+    return [Entry(item.request.id, item.request.deadline) for item in batch]
 
 
 def _messages(batch: Sequence[_Item]) -> Iterator[tuple[int, int, int, int]]:
