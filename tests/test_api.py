@@ -288,6 +288,7 @@ def test_the_api_describes_itself(http: Http) -> None:
         "/v1/events",
         "/v1/devices",
         "/v1/artifacts/{digest}",
+        "/metrics",
         "/healthz",
         "/readyz",
     }

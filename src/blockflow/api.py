@@ -15,7 +15,7 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -158,7 +158,10 @@ def create_app(controller: Controller, token: str | None = None) -> FastAPI:
     app.include_router(_edit_routes(controller))
     app.include_router(_artifact_routes(controller))
     app.include_router(_status_routes(controller))
-    app.router.routes.append(telemetry.metrics_route(controller))
+    metrics = telemetry.metrics_route(controller)
+    app.add_api_route(
+        metrics.path, metrics.endpoint, tags=["status"], response_class=PlainTextResponse
+    )
     app.router.routes.extend(dashboard.routes())
     return app
 

@@ -738,7 +738,8 @@ class Block:
                 known = BlockFailed(
                     f"block {self.spec.name} failed: {type(error).__name__}: {text}"
                 )
-                log.error("block %s failed", self.spec.name, exc_info=error)
+                numbers = ", ".join(str(request.id) for _, _, request in failed)
+                log.error("block %s failed at request %s", self.spec.name, numbers, exc_info=error)
         note = encode(Note(block=self.spec.name, error=str(known), status=known.status))
         for route, way, request in failed:
             try:

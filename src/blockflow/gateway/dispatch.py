@@ -365,6 +365,10 @@ class BlockDispatcher:
         self._tensors.submit(place.way, request.inputs, envelope, lambda: not pending.given_up)
         try:
             return await pending.answer
+        except BlockFailed:
+            # Blocks know requests by these numbers alone; here the client's id is logged with it.
+            log.warning("a block failed at request %d; its log says more", number)
+            raise
         finally:
             self._settled.set()
 
