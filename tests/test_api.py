@@ -163,6 +163,41 @@ def test_errors_of_the_framework_have_the_same_form(http: Http) -> None:
     assert found[0].startswith("query.dry_run: ")
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "settings", "change"),
+    [
+        ("blocks", "new", {"artifact": DIGEST}, {"max_batch": 4}),
+        ("pipelines", "q", {"blocks": ["a"]}, {"blocks": ["b"]}),
+    ],
+)
+def test_one_member_is_deployed_configured_and_deleted(
+    http: Http,
+    controller: FakeController,
+    kind: str,
+    name: str,
+    settings: dict[str, Any],
+    change: dict[str, Any],
+) -> None:
+    controller.current = WANTED
+    path = f"/v1/{kind}/{name}"
+    failure(http("PATCH", path, json=change), 404)
+    failure(http("DELETE", path), 404)
+    _, problems = failure(http("POST", path, json={**settings, "bogus": 1}), 422)
+    assert problems[0].startswith(f"{kind}.{name}.bogus: is not a known setting")
+    failure(http("POST", path, content=b"[1]"), 422)
+    assert http("POST", path, json=settings, params={"dry_run": True}).json()["generation"] == 0
+    assert http("POST", path, json=settings).json()["generation"] == 1
+    error, _ = failure(http("POST", path, json=settings), 409)
+    assert "already" in error
+    failure(http("PATCH", path, json=change, headers={"if-match": '"7"'}), 412)
+    assert http("PATCH", path, json=change).json()["generation"] == 2
+    member = controller.current.model_dump(mode="json")[kind][name]
+    assert {setting: member[setting] for setting in change} == change
+    assert http("DELETE", path).json()["generation"] == 3
+    assert controller.current == WANTED
+    failure(http("POST", f"/v1/{kind}/no spaces", json=settings), 422)
+
+
 def test_blocks_and_pipelines_are_listed(http: Http, controller: FakeController) -> None:
     controller.current = WANTED
     assert http("GET", "/v1/blocks").json()[0] == {
@@ -290,6 +325,7 @@ def test_the_api_describes_itself(http: Http) -> None:
         "/v1/events",
         "/v1/devices",
         "/v1/artifacts/{digest}",
+        "/metrics",
         "/healthz",
         "/readyz",
     }

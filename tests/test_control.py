@@ -216,8 +216,15 @@ def test_every_worker_is_killed_in_turn_under_load(base: dict[str, Any], directo
         assert life[2][1] == "its process ended with signal 9"
 
 
-def test_a_worker_that_stands_still_is_replaced(base: dict[str, Any], directory: Path) -> None:
-    with Server(directory, base, "--heartbeat-timeout", "4") as server:
+def test_a_worker_that_stands_still_is_replaced(
+    mlp: list[str], base: dict[str, Any], directory: Path
+) -> None:
+    wanted = {
+        "store": base["store"],
+        "blocks": {**base["blocks"], "other": {"artifact": mlp[0]}},
+        "pipelines": {**base["pipelines"], "b": {"blocks": ["other"]}},
+    }
+    with Server(directory, wanted, "--heartbeat-timeout", "5") as server:
         server.wait_ready()
         with Load(server, "a", Mlp()) as load:
             wait_for(lambda: load.good > 3, 10, "answers")
@@ -225,13 +232,18 @@ def test_a_worker_that_stands_still_is_replaced(base: dict[str, Any], directory:
             os.kill(pid, signal.SIGSTOP)
             # It is no longer called ready before it is certain that it hangs.
             wait_for(lambda: not server.control.ready(), 4, "not ready")
+            wait_for(lambda: not server.inference.ready("a"), 4, "not ready for clients")
+            said = {p["name"]: (p["ready"], p["reason"]) for p in server.control.pipelines()}
+            assert said["b"] == (True, None)
+            assert said["a"] == (False, "worker two has said nothing for more than 2.5 s")
+            assert server.inference.ready("b")
             wait_for(lambda: server.block("two")["pid"] not in {None, pid}, 30, "a successor")
             server.wait_ready()
             good = load.good
             wait_for(lambda: load.good > good + 3, 10, "answers")
         assert load.failures == []
         log = server.log.read_text()
-        assert "worker two failed: it has said nothing for 4 s, so it was killed" in log
+        assert "worker two failed: it has said nothing for 5 s, so it was killed" in log
 
 
 def test_a_server_that_stood_still_does_not_blame_its_workers(
@@ -263,14 +275,22 @@ def test_a_gateway_that_stands_still_is_replaced(base: dict[str, Any], directory
 def test_a_block_that_computes_for_ever_is_replaced(store: Store, directory: Path) -> None:
     digest = store_model(store, Endless(), 1)[0]
     wanted = topology(store.root, {"e": {"endless": digest}})
-    with Server(directory, wanted, "--request-timeout", "1", "--hang-grace", "1") as server:
+    with Server(directory, wanted, "--request-timeout", "5", "--hang-grace", "1") as server:
         server.wait_ready(120)
         events = follow(server)
         with pytest.raises(DeadlineExceeded):
-            server.inference.infer("e", {"x": some_rows()})
+            server.inference.infer("e", {"x": some_rows()}, deadline=0.2)
+        # Marked by its own deadline, and killed by the longest that any request may have.
+        wait_for(lambda: not server.inference.ready("e"), 4, "a doubt")
+        overdue = "block endless computes a request that was due 1 s ago or more"
+        (pipeline,) = server.control.pipelines()
+        assert pipeline["reason"] == server.block("endless")["reason"] == overdue
+        assert server.block("endless")["state"] == "ready"
         wait_for(lambda: "worker_failed" in [e["kind"] for e in events], 20, "an end of it")
-        (reason,) = [e["reason"] for e in events if e["kind"] == "worker_failed"]
-        assert reason == "block endless computed one request for 2 s, so it was killed"
+        reasons = {e["kind"]: e["reason"] for e in events}
+        assert reasons["worker_overdue"] == overdue
+        killed = "block endless computed one request for 6 s, so it was killed"
+        assert reasons["worker_failed"] == killed
         server.wait_ready(120)
 
 

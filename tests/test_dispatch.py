@@ -1,10 +1,11 @@
-"""What the gateway does with what blocks tell it, by a block that this test plays."""
+"""The gateway's dispatcher, with a block that this test plays and before there is any."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from blockflow import oip
 from blockflow.artifact import Port
+from blockflow.errors import DeadlineExceeded, Unavailable
 from blockflow.gateway.dispatch import BlockDispatcher
 from blockflow.protocol import (
     Hop,
@@ -125,3 +127,41 @@ def test_who_does_not_ask_sends_nothing_more_and_waits_for_nothing(
     result = ask(endpoints, play, timing=False)
     assert result.outputs[0].numpy().tolist() == [[2.0, 2.0]]
     assert result.timings is None
+
+
+NOTHING = oip.InferRequest("", (), 1, (), 0.2)
+
+
+@asynccontextmanager
+async def dispatcher(run_dir: Path) -> AsyncIterator[BlockDispatcher]:
+    made = BlockDispatcher(
+        f"ipc://{run_dir}/1.results.sock",
+        incarnation=Incarnation(1),
+        queue_depth=4,
+        slowdown=2,
+        timeout=5,
+    )
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def test_a_route_that_was_not_opened_is_waited_for(run_dir: Path) -> None:
+    """A worker may die while the gateway is replaced: then its successor hears of old routes."""
+
+    async def ask() -> None:
+        async with dispatcher(run_dir) as made:
+            with pytest.raises(Unavailable, match="starting"):
+                made.models()
+            made.publish([Model(NET, RouteId(7), returning=True)])
+            assert not made.models()["net"].ready
+            made.check("net")
+            with pytest.raises(DeadlineExceeded):
+                await made.infer(NET, NOTHING)
+            made.publish([Model(NET, None, "block one failed")])
+            with pytest.raises(Unavailable, match="block one failed"):
+                await made.infer(NET, NOTHING)
+            assert made.channels() == ()
+
+    asyncio.run(ask())

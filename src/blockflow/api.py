@@ -15,8 +15,8 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -36,7 +36,7 @@ from blockflow.status import (
     GenerationRecord,
     PipelineStatus,
 )
-from blockflow.topology import Block, BlockName, Generation, Name, Pipeline, Topology
+from blockflow.topology import Block, BlockName, Generation, Pipeline, Topology
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +158,10 @@ def create_app(controller: Controller, token: str | None = None) -> FastAPI:
     app.include_router(_edit_routes(controller))
     app.include_router(_artifact_routes(controller))
     app.include_router(_status_routes(controller))
-    app.router.routes.append(telemetry.metrics_route(controller))
+    metrics = telemetry.metrics_route(controller)
+    app.add_api_route(
+        metrics.path, metrics.endpoint, tags=["status"], response_class=PlainTextResponse
+    )
     app.router.routes.extend(dashboard.routes())
     return app
 
@@ -226,13 +229,15 @@ def _edit_routes(controller: Controller) -> APIRouter:
     app = APIRouter(tags=["edit"])
 
     @app.post(
-        "/v1/blocks",
-        openapi_extra=_body_schema(_named(Block)),
+        "/v1/blocks/{name}",
+        openapi_extra=_body_schema(Block.model_json_schema()),
         responses=_failures(409, 412, 413, 500),
     )
-    async def post_block(request: Request, terms: Annotated[Terms, Depends(_terms)]) -> ApplyResult:
+    async def post_block(
+        name: str, request: Request, terms: Annotated[Terms, Depends(_terms)]
+    ) -> ApplyResult:
         """Deploy a block; answers when it is ready."""
-        name, settings = _name_and_settings(await _object(request))
+        settings = await _object(request)
         return await controller.update(edit.add_block(name, settings), Verb.DEPLOY, terms)
 
     @app.patch(
@@ -264,15 +269,15 @@ def _edit_routes(controller: Controller) -> APIRouter:
         return await controller.restart(BlockName(name), terms)
 
     @app.post(
-        "/v1/pipelines",
-        openapi_extra=_body_schema(_named(Pipeline)),
+        "/v1/pipelines/{name}",
+        openapi_extra=_body_schema(Pipeline.model_json_schema()),
         responses=_failures(409, 412, 413, 500),
     )
     async def post_pipeline(
-        request: Request, terms: Annotated[Terms, Depends(_terms)]
+        name: str, request: Request, terms: Annotated[Terms, Depends(_terms)]
     ) -> ApplyResult:
         """Deploy a pipeline over blocks that are there."""
-        name, settings = _name_and_settings(await _object(request))
+        settings = await _object(request)
         return await controller.update(edit.add_pipeline(name, settings), Verb.DEPLOY, terms)
 
     @app.patch(
@@ -451,14 +456,6 @@ async def _object(request: Request, *, optional: bool = False) -> dict[str, Any]
         raise TopologyInvalid([f"the body must be a JSON object: {error}"]) from error
 
 
-def _name_and_settings(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    settings = dict(given)
-    name = settings.pop("name", None)
-    if not isinstance(name, str):
-        raise TopologyInvalid(["name: must be given, as text"])
-    return name, settings
-
-
 def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Failure} for status in statuses}
 
@@ -466,17 +463,6 @@ def _failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def _body_schema(schema: dict[str, Any], *, required: bool = True) -> dict[str, Any]:
     content = {"application/json": {"schema": schema}}
     return {"requestBody": {"required": required, "content": content}}
-
-
-def _named(model: type[BaseModel]) -> dict[str, Any]:
-    """The schema of one of the topology's members together with its name."""
-    schema = model.model_json_schema()
-    name = TypeAdapter(Name).json_schema() | {"description": "how it is called from now on"}
-    return schema | {
-        "title": f"Named{model.__name__}",
-        "properties": {"name": name, **schema["properties"]},
-        "required": ["name", *schema.get("required", ())],
-    }
 
 
 def _partial(model: type[BaseModel]) -> dict[str, Any]:

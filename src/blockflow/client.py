@@ -287,7 +287,7 @@ class ControlClient(_Client):
         match: int | None = None,
     ) -> dict[str, Any]:
         """Add a block or a pipeline. Raises `Conflict` when there is one of that name."""
-        return self._change("POST", f"/v1/{kind}s", {"name": name, **settings}, dry_run, match)
+        return self._change("POST", f"/v1/{kind}s/{_segment(name)}", settings, dry_run, match)
 
     def configure(
         self,

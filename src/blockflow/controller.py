@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ class _Worker:
     child: Child | None = None
     endpoints: dict[BlockName, str] = field(default_factory=dict)
     computations: dict[BlockName, Patience] = field(default_factory=dict)
+    overdue: str | None = None
+    """What it computes although the deadline passed long ago."""
     condemned: bool = False
     parted: bool = False
     """Under MPS: its work was taken off the GPU, so that its death is its own."""
@@ -104,6 +107,11 @@ class _Road:
             if worker.state is BlockState.FAILED:
                 return f"block {step.block} failed: {worker.reason}"
         return None
+
+    @property
+    def doubt(self) -> str | None:
+        """Why it is not certain that anything arrives that travels here, or None."""
+        return next(filter(None, map(_doubt, self.workers)), None)
 
 
 @dataclass(frozen=True)
@@ -383,7 +391,7 @@ class Controller:
         statuses = []
         for model in self._models():
             name = PipelineName(model.metadata.name)
-            reason = model.reason if self._serving else _NO_GATEWAY
+            reason = self._no_gateway or model.reason
             count = counts.get(name)
             pipeline = self._deployed.topology.pipelines[name]
             statuses.append(
@@ -414,24 +422,33 @@ class Controller:
         """What should serve and does not, and why. An update that is under way is not counted."""
         if not self._begun:
             return ["the first topology is being deployed"]
-        if not self._serving:
-            return [_NO_GATEWAY]
+        if self._no_gateway is not None:
+            return [self._no_gateway]
         pipelines = [
             f"pipeline {model.metadata.name} is not ready: {model.reason}"
             for model in self._models()
-            if model.route is None
+            if model.reason is not None
         ]
         workers = [
             f"worker {name} failed: {worker.reason}"
             for name, worker in self._deployed.workers.items()
             if worker.state is BlockState.FAILED
         ]
-        silent = [
-            f"{child.name} has said nothing for {child.silent:.1f} s"
-            for child in self._watched()
-            if child.silent > _NOT_READY_WHEN_SILENT
-        ]
-        return pipelines + workers + silent
+        return pipelines + workers + self._doubts()
+
+    @property
+    def _no_gateway(self) -> str | None:
+        """Why nobody can be answered, or None."""
+        if not self._serving or self._gateway is None:
+            return _NO_GATEWAY
+        return _silence(self._gateway)
+
+    def _doubts(self) -> list[str]:
+        """What may hang, and why."""
+        silences = map(_silence, self._watched())
+        ready = (w for w in self._deployed.workers.values() if w.state is BlockState.READY)
+        overdue = (worker.overdue for worker in ready)
+        return [doubt for doubt in (*silences, *overdue) if doubt is not None]
 
     # Deciding
 
@@ -465,8 +482,10 @@ class Controller:
             rows = reconcile.rows_of(now.topology, name)
             metadata = ModelMetadata(name, wired.inputs, wired.outputs, rows)
             road = now.roads.get(name)
-            reason = self._missing(now, name) if road is None else road.broken
-            route = road.route.id if road is not None and reason is None else None
+            broken = self._missing(now, name) if road is None else road.broken
+            route = road.route.id if road is not None and broken is None else None
+            # Requests still go to a worker in doubt: it may only be slow.
+            reason = road.doubt if road is not None and broken is None else broken
             returning = road is not None and all(
                 worker.state is not BlockState.FAILED or worker.returning for worker in road.workers
             )
@@ -802,11 +821,12 @@ class Controller:
 
     async def _publish(self) -> None:
         """Tell the gateway what serves from now on."""
-        if self._gateway is not None and self._gateway.alive:
+        gateway = self._gateway
+        if gateway is not None and gateway.alive:
             # A gateway that fails here is ending, and its successor is told again.
             with contextlib.suppress(StartFailed):
-                await self._gateway.command(protocol.Publish(tuple(self._models())))
-                self._serving = True
+                await gateway.command(protocol.Publish(tuple(self._models())))
+                self._serving = self._serving or gateway is self._gateway
 
     async def _leave(self, roads: Iterable[_Road]) -> None:
         """Let what travels on `roads` arrive, then forget them."""
@@ -842,7 +862,7 @@ class Controller:
         suspects = tuple(
             request
             for endpoint in worker.endpoints.values()
-            for request in ledger.read(ledger.ledger_path(endpoint))
+            for request, _ in ledger.read(ledger.ledger_path(endpoint))
         )
         self._bury(lost, _fate(worker.spec), reason, suspects)
 
@@ -1078,8 +1098,12 @@ class Controller:
         return [*workers, *([self._gateway] if self._gateway is not None else ())]
 
     async def _look(self) -> None:
-        """Kill what is hung; its death is then met like any other."""
+        """Kill what is hung; its death is then met like any other.
+
+        Before that is certain, the gateway is told what is in doubt.
+        """
         limit = self._options.heartbeat_timeout_s
+        told: list[str] = []
         while True:
             for child in self._watched():
                 if child.silent > limit:
@@ -1087,18 +1111,35 @@ class Controller:
             for worker in self._deployed.workers.values():
                 if worker.state is BlockState.READY:
                     self._look_at_computations(worker)
+            if (doubts := self._doubts()) != told:
+                told = doubts
+                # Not awaited: the gateway may be what is silent.
+                self._repair(self._publish())
             await asyncio.sleep(_LOOK_EVERY)
 
     def _look_at_computations(self, worker: _Worker) -> None:
-        # No request may take longer than the server's limit, so one that has been computed for
-        # longer is past its deadline, whatever that was.
-        limit = self._options.request_timeout_s + self._options.hang_grace_s
-        now = asyncio.get_running_loop().time()
+        """Mark a worker that computes what was due long ago, and kill one that hangs.
+
+        A client chooses its deadline, and must not be able to have workers killed by choosing too
+        short a one. No request may take longer than the server's limit, so one that has been
+        computed for longer is past its deadline, whatever that was.
+        """
+        grace = self._options.hang_grace_s
+        limit = self._options.request_timeout_s + grace
+        now = time.monotonic()
+        overdue = None
         for block, endpoint in worker.endpoints.items():
             patience = worker.computations.setdefault(block, Patience(2 * _LOOK_EVERY))
             computed = ledger.read(ledger.ledger_path(endpoint))
-            if patience.look(now, computed) > limit and worker.child is not None:
+            if any(each.deadline and now - each.deadline > grace for each in computed):
+                overdue = f"block {block} computes a request that was due {grace:g} s ago or more"
+            requests = [each.request for each in computed]
+            if patience.look(now, requests) > limit and worker.child is not None:
                 self._condemn(worker.child, f"block {block} computed one request for {limit:g} s")
+        if overdue is not None and worker.overdue is None:
+            log.warning("worker %s may hang: %s", worker.spec.name, overdue)
+            self._journal.write(EventKind.WORKER_OVERDUE, worker.spec.name, overdue)
+        worker.overdue = overdue
 
 
 def _access(options: ServeOptions) -> list[str]:
@@ -1112,6 +1153,18 @@ def _access(options: ServeOptions) -> list[str]:
         if path is not None:
             flags += [flag, str(path)]
     return flags
+
+
+def _silence(child: Child) -> str | None:
+    """What to say of a process that says nothing itself, or None."""
+    if child.silent <= _NOT_READY_WHEN_SILENT:
+        return None
+    return f"{child.name} has said nothing for more than {_NOT_READY_WHEN_SILENT:g} s"
+
+
+def _doubt(worker: _Worker) -> str | None:
+    """Why it is not certain that a worker works, or None."""
+    return worker.overdue or (None if worker.child is None else _silence(worker.child))
 
 
 def _fate(spec: WorkerSpec) -> str:
@@ -1203,7 +1256,7 @@ def _block_statuses(
                 if worker.state is BlockState.FAILED and not worker.returning
                 else worker.state
             ),
-            reason=worker.reason,
+            reason=worker.reason or _doubt(worker),
             restarts=worker.restarts,
             device_memory_bytes=memory.device_bytes.get(spec.device) if memory else None,
             host_memory_bytes=memory.host_bytes if memory else None,

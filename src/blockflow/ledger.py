@@ -1,8 +1,8 @@
 """What a block is computing now, in a file that can be read after its process died.
 
-A page mapped from a file: writing costs two stores and no system call, and the kernel keeps what
-was written whatever becomes of the process. Layout: a count, then so many request ids, all
-little-endian uint64.
+Pages mapped from a file: writing costs three stores and no system call, and the kernel keeps what
+was written whatever becomes of the process. Layout, all little-endian: a count and so many request
+ids (uint64), and from `_DEADLINES` on as many deadlines (float64).
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-_SIZE = mmap.PAGESIZE
-_MOST = _SIZE // 8 - 1
+_SIZE = 2 * mmap.PAGESIZE
+_MOST = _SIZE // 16 - 1
+_DEADLINES = 8 + 8 * _MOST
+
+
+class Entry(NamedTuple):
+    """A request; `deadline` is in seconds of the monotonic clock, and 0 where there is none."""
+
+    request: int
+    deadline: float
 
 
 def ledger_path(endpoint: str) -> Path:
@@ -34,19 +43,22 @@ class Ledger:
         finally:
             os.close(fd)
 
-    def write(self, requests: Sequence[int]) -> None:
+    def write(self, entries: Sequence[Entry]) -> None:
         """From now on, exactly these requests are being computed."""
-        ids = requests[:_MOST]
+        count = min(len(entries), _MOST)
+        if count:
+            ids, deadlines = zip(*entries[:count], strict=True)
+            struct.pack_into(f"<{count}d", self._page, _DEADLINES, *deadlines)
+            struct.pack_into(f"<{count}Q", self._page, 8, *ids)
         # The count last: a reader never sees ids that were not written yet.
-        struct.pack_into(f"<{len(ids)}Q", self._page, 8, *ids)
-        struct.pack_into("<Q", self._page, 0, len(ids))
+        struct.pack_into("<Q", self._page, 0, count)
 
     def close(self) -> None:
         self._page.close()
         self.path.unlink(missing_ok=True)
 
 
-def read(path: Path) -> tuple[int, ...]:
+def read(path: Path) -> tuple[Entry, ...]:
     """The requests that were being computed; none where there is no such file."""
     try:
         page = path.read_bytes()
@@ -55,4 +67,7 @@ def read(path: Path) -> tuple[int, ...]:
     if len(page) != _SIZE:
         return ()
     (count,) = struct.unpack_from("<Q", page)
-    return struct.unpack_from(f"<{min(count, _MOST)}Q", page, 8)
+    count = min(count, _MOST)
+    ids = struct.unpack_from(f"<{count}Q", page, 8)
+    deadlines = struct.unpack_from(f"<{count}d", page, _DEADLINES)
+    return tuple(map(Entry, ids, deadlines))

@@ -86,7 +86,8 @@ class ServeOptions(BaseModel):
         10,
         gt=0,
         description="time after its deadline that a request may still be computed before its "
-        "worker is taken for hung and replaced",
+        "worker is said to hang, which makes its pipelines not ready; one that computes a request "
+        "for so much longer than --request-timeout is replaced",
     )
     log_format: Literal["text", "json"] = Field("text", description="how to write log messages")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -79,8 +79,9 @@ class Route(msgspec.Struct, frozen=True):
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A pipeline as the gateway serves it; without a route it is not ready for `reason`.
+    """A pipeline as the gateway serves it; with a `reason` it is not ready.
 
+    One that has a route all the same takes requests: something on it is silent, and may be slow.
     `returning`: a new route is being made, so requests may wait for it.
     """
 

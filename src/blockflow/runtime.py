@@ -35,7 +35,7 @@ from blockflow.errors import (
 )
 from blockflow.export import has_rows
 from blockflow.joining import Joins, Verdict
-from blockflow.ledger import Ledger, ledger_path
+from blockflow.ledger import Entry, Ledger, ledger_path
 from blockflow.program import Program
 from blockflow.protocol import (
     BlockReport,
@@ -200,7 +200,7 @@ class _Launch:
 
     began: torch.cuda.Event
     ended: torch.cuda.Event
-    numbers: tuple[int, ...]
+    entries: Sequence[Entry]
     asked: tuple[tuple[RouteId, _Way, Request, Hop], ...]
 
 
@@ -589,7 +589,7 @@ class Block:
         for item in batch:
             pipeline = item.way.pipeline
             counts.requests[pipeline] = counts.requests.get(pipeline, 0) + 1
-        self._write_ledger([item.request.id for item in batch])
+        self._write_ledger(_entries(batch))
         try:
             self._forward(batch)
         except torch.AcceleratorError as error:
@@ -633,13 +633,12 @@ class Block:
         if computed is not None:
             self._counts.compute.add(computed)
         elif began is not None and ended is not None:
-            numbers = tuple(item.request.id for item in batch)
             asked = tuple(
                 (item.route, item.way, item.request, mine[-1])
                 for item, mine in zip(batch, hops, strict=True)
                 if mine is not None
             )
-            self._launched.append(_Launch(began, ended, numbers, asked))
+            self._launched.append(_Launch(began, ended, _entries(batch), asked))
         # Outputs of a block that is a mere view lie in memory that is lent to it.
         lent = {each.untyped_storage().data_ptr() for parts in inputs.values() for each in parts}
         for first, last, start, rows in _messages(batch):
@@ -813,7 +812,8 @@ class Block:
                 known = BlockFailed(
                     f"block {self.spec.name} failed: {type(error).__name__}: {text}"
                 )
-                log.error("block %s failed", self.spec.name, exc_info=error)
+                numbers = ", ".join(str(request.id) for _, _, request in failed)
+                log.error("block %s failed at request %s", self.spec.name, numbers, exc_info=error)
         note = encode(Note(block=self.spec.name, error=str(known), status=known.status))
         for route, way, request in failed:
             try:
@@ -861,9 +861,9 @@ class Block:
         with contextlib.suppress(PeerLost):
             self._push.send({}, to=way.results, requests=(request,), route=route, note=note)
 
-    def _write_ledger(self, beginning: Iterable[int]) -> None:
+    def _write_ledger(self, beginning: Iterable[Entry]) -> None:
         """Say what is being computed: what begins now, and what a GPU has not finished."""
-        launched = (number for launch in self._launched for number in launch.numbers)
+        launched = (entry for launch in self._launched for entry in launch.entries)
         self._ledger.write([*launched, *beginning])
 
     # The thread: routes
@@ -942,6 +942,10 @@ class Block:
             if id(peer) not in needed:
                 del self._peers[key]
                 self._push.disconnect(peer)
+
+
+def _entries(batch: Iterable[_Item]) -> list[Entry]:
+    return [Entry(item.request.id, item.request.deadline) for item in batch]
 
 
 def _messages(batch: Sequence[_Item]) -> Iterator[tuple[int, int, int, int]]:

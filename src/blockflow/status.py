@@ -51,7 +51,7 @@ class BlockStatus(_Frozen):
     worker: str
     pid: int | None = None
     state: BlockState
-    reason: str | None = Field(None, description="why the block is not ready")
+    reason: str | None = Field(None, description="why the block is not ready, or may hang")
     restarts: int = Field(0, description="how often its worker was replaced by another process")
     device_memory_bytes: int | None = Field(
         None, description="device memory of the whole worker; null where the driver does not say"
@@ -173,6 +173,8 @@ class EventKind(StrEnum):
     WORKER_STARTED = "worker_started"
     WORKER_READY = "worker_ready"
     WORKER_FAILED = "worker_failed"
+    WORKER_OVERDUE = "worker_overdue"
+    """It computes a request whose deadline passed long ago: it may hang."""
     WORKER_STOPPED = "worker_stopped"
     GATEWAY_STARTED = "gateway_started"
     GATEWAY_FAILED = "gateway_failed"

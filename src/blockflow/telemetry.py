@@ -86,6 +86,7 @@ def metrics_route(
     """
 
     async def metrics(request: Request) -> Response:
+        """Give everything that is counted, as Prometheus or OpenMetrics text."""
         surveyed = await asyncio.to_thread(look)
         snapshot = Snapshot(
             controller.topology()[0],

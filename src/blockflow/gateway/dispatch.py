@@ -396,6 +396,10 @@ class BlockDispatcher:
         )
         try:
             return await pending.answer
+        except BlockFailed:
+            # Blocks know requests by these numbers alone; here the client's id is logged with it.
+            log.warning("a block failed at request %d; its log says more", number)
+            raise
         finally:
             self._settled.set()
 
@@ -420,13 +424,21 @@ class BlockDispatcher:
     def publish(self, models: Iterable[Model]) -> None:
         """Serve exactly these models; takes effect for the next request, and those that wait."""
         models = tuple(models)
+        # A gateway that has just begun may hear of routes that it was not told to open yet.
+        self._routes = {
+            m.metadata.name: m.route
+            for m in models
+            if m.route is not None and m.route in self._ways
+        }
         self._models = {
             m.metadata.name: ModelStatus(
-                m.metadata, m.route is not None, m.reason, returning=m.returning
+                m.metadata,
+                m.reason is None and m.metadata.name in self._routes,
+                m.reason,
+                returning=m.returning,
             )
             for m in models
         }
-        self._routes = {m.metadata.name: m.route for m in models if m.route is not None}
         now = time.monotonic()
         for model, line in tuple(self._lines.items()):
             if model in self._routes:
