@@ -351,7 +351,7 @@ def main() -> None:
     for name, value in (_QUICK if options.quick else _THOROUGH).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    # A machine that is lent for a time ends what runs on it so.
+    # As Ctrl-C does it: what was measured so far is not lost.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     found = Measured()
     try:
