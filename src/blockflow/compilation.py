@@ -74,9 +74,18 @@ def _machine_code(program: Program) -> Callable[..., Sequence[Tensor]]:
             inputs,
             dynamic_shapes="from_graph",
             options={"config_patches": options},
-            donate_graph_module=True,
         )
     return call
+
+
+class _Given(fx.GraphModule):
+    """A graph that the compiler may keep: a copy of it would have copies of the weights.
+
+    Newer releases of torch than 2.11 have `donate_graph_module` for that.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Given:
+        return self
 
 
 def _graph(program: Program, module: fx.GraphModule) -> tuple[fx.GraphModule, list[Any]]:
@@ -93,7 +102,7 @@ def _graph(program: Program, module: fx.GraphModule) -> tuple[fx.GraphModule, li
     # Where the compiler looks for what the symbols mean.
     for node in graph.output_node().all_input_nodes:
         node.meta["example_value"] = inputs[0]
-    return fx.GraphModule(module, graph), inputs
+    return _Given(module, graph), inputs
 
 
 def _compare(program: Program, made: Program, largest: int) -> None:
