@@ -376,7 +376,11 @@ def _report(options: argparse.Namespace, found: Measured, interrupted: str | Non
         options.json,
         {
             "conditions": where,
-            "options": {name: str(value) for name, value in vars(options).items()},
+            "options": {
+                name: str(value)
+                for name, value in vars(options).items()
+                if name not in {"json", "store"}
+            },
             "unit": "ms, answers per second",
             "interrupted": interrupted,
             "results": results,
