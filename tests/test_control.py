@@ -149,6 +149,10 @@ def test_few_workers_start_at_once_while_others_serve(
         server.control.put_topology(
             {**base, "blocks": {n: {**b, "max_batch": 4} for n, b in base["blocks"].items()}}
         )
+        late = r"worker one did not .*; worker two was not begun within 0\.3 s"
+        with pytest.raises(BlockFlowError, match=late):
+            server.control.put_topology(base, timeout_s=0.3)
+        assert server.control.ready()
         with contextlib.closing(server.control.events()) as events:
             happened = list(itertools.takewhile(lambda e: e["subject"] != "2", events))
     first = [e["kind"] for e in happened if e["kind"] in {"worker_started", "worker_ready"}]
