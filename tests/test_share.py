@@ -17,6 +17,7 @@ from blockflow.models import ModuleSource, ScriptFile, built_in
 from blockflow.program import load
 from blockflow.reconcile import validate
 from blockflow.share import Family, family_topology, split_shared
+from blockflow.split import AtModules, Everywhere
 from blockflow.topology import PipelineName
 from blockflow.wiring import Source, Wiring, wire
 
@@ -502,6 +503,42 @@ def test_parts_that_take_long_are_cut_further_and_alike_for_all(store: Store) ->
     ]
     layers = [block.manifest.flops // (2 * 16 * 16) for block in family.blocks.values()]
     assert layers == [2, 2, 2, 2, 2]
+
+
+def test_shared_parts_are_cut_before_the_modules_that_were_named(store: Store) -> None:
+    modules = [TwoHeads(3, 4), TwoHeads(3, 5), Headed(6)]
+    sources = [source(name, copy.deepcopy(m)) for name, m in zip("abc", modules, strict=True)]
+    where = AtModules(("trunk.layers.1", "head"))
+    family = split_shared(sources, store, blocks=where)
+    for model, module in zip(family.models, modules, strict=True):
+        assert_equal(store, family, model.name, module)
+    assert family.blocks["trunk-1"].models == ("a", "b", "c")
+    assert family.blocks["trunk-1"].manifest.flops == 2 * 16 * 16
+    assert family.blocks[family.models[2].blocks[-1]].manifest.origin.first == "linear_3"
+    with pytest.raises(ModelRefused, match="has no module 'nosuch'"):
+        split_shared(sources, store, blocks=AtModules(("nosuch",)))
+
+
+def test_shared_parts_are_cut_everywhere(store: Store) -> None:
+    chain = [Chain(1, 2, 3), Chain(1, 2, 4)]
+    sources = [source(name, copy.deepcopy(m)) for name, m in zip("ab", chain, strict=True)]
+    family = split_shared(sources, store, blocks=Everywhere())
+    assert [len(blocks) for blocks in chains(family)] == [6, 6]
+    # The last ReLU is an equal block of both, though of other inputs.
+    assert len(family.blocks) == 7
+    assert_equal(store, family, "b", chain[1])
+
+
+def test_equal_blocks_in_opposite_orders_are_not_deployed_as_one(store: Store) -> None:
+    """Requests of two pipelines through the same blocks in opposite orders could block both."""
+    first = nn.Sequential(linear(1), nn.ReLU(), linear(2), nn.GELU(), linear(3))
+    other = nn.Sequential(linear(4), nn.GELU(), linear(5), nn.ReLU(), linear(6))
+    row = Port("input", "float32", ("batch", 16))
+    sources = [source("a", first, row), source("b", other, row)]
+    family = split_shared(sources, store, blocks=Everywhere())
+    assert_deployable(store, family)
+    assert len(family.blocks) == 10
+    assert len(store.digests()) == 8
 
 
 def test_models_of_one_name_get_names_of_their_own(store: Store) -> None:

@@ -35,17 +35,17 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import assert_never
 
 import msgspec
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from blockflow.archive import read_archive
 from blockflow.artifact import Digest, Manifest, Port, Store
@@ -64,10 +64,22 @@ from blockflow.graph import (
 )
 from blockflow.identity import Values
 from blockflow.models import ModuleSource, ProgramFile, ScriptFile, SourceModel
-from blockflow.split import SLACK, Piece, Progress, SplitResult, build, same_bits, store_blocks
+from blockflow.split import (
+    SLACK,
+    AtModules,
+    Everywhere,
+    Piece,
+    Progress,
+    SplitResult,
+    Where,
+    build,
+    run_model,
+    same_bits,
+    store_blocks,
+)
 from blockflow.topology import Topology
 from blockflow.topology import parse as parse_topology
-from blockflow.wiring import by_rule
+from blockflow.wiring import by_rule, cycle
 
 Sharers = frozenset[int]
 """Models, by their position among those given."""
@@ -76,8 +88,8 @@ _Key = tuple[bytes, int]
 # An operator wherever it is: the hash of its value, and which of the operators with this hash it
 # is in its model.
 
-_Use = tuple[Digest, int]
-# A block of a pipeline: its artifact, and which of the blocks with this artifact it is there.
+_Use = tuple[Digest, Hashable]
+# A block of a pipeline: its artifact, and what tells it from others with the same artifact.
 
 
 @dataclass(frozen=True)
@@ -154,14 +166,15 @@ def split_shared(
     sources: Iterable[SourceModel],
     store: Store,
     *,
-    blocks: int = 1,
+    blocks: Where = 1,
     progress: Progress | None = None,
 ) -> Family:
     """Cut models where what they share ends, and put every distinct block into the store once.
 
-    A model is cut into about `blocks` blocks: parts, shared or not, that take more than that
-    share of a model's time are cut further, by balanced cost. Each chain of blocks is proven
-    equal to its model, bit for bit on CPU, before its blocks are stored. `sources` is read one by
+    `blocks` says how to cut further. With a number, a model is cut into about so many blocks:
+    parts, shared or not, that take more than that share of a model's time are cut by balanced
+    cost. Modules are those of every model that has them. Each model's blocks are proven equal to
+    it, bit for bit on CPU, before they are stored. `sources` is read one by
     one: if it makes the models as it goes, equal weights are held in memory once.
 
     Raises ModelRefused for a model that cannot be cut or compared, and BlockFlowError for a full
@@ -239,7 +252,11 @@ class _Made:
 
 def _family(store: Store, made: Sequence[_Made]) -> Family:
     names = [each.member.name for each in made]
-    chains = [_uses(block.digest for block in each.result.blocks) for each in made]
+    digests = [[block.digest for block in each.result.blocks] for each in made]
+    chains = [_uses(each) for each in digests]
+    if cycle([pair for chain in chains for pair in pairwise(map(str, chain))]):
+        # Models that pass equal blocks in opposite orders could wait for each other for ever.
+        chains = [[(d, tuple(each[:i])) for i, d in enumerate(each)] for each in digests]
     called = _name_blocks(names, chains)
     blocks: dict[str, SharedBlock] = {}
     for each, chain in zip(made, chains, strict=True):
@@ -320,18 +337,20 @@ def _prove_export(source: ModuleSource, program: ExportedProgram) -> None:
     """Compare the program with its module, so that the module need not be kept for later."""
     plain = plain_module(program)
     ports = input_ports(program)
-    by_name = {port.name for port in ports} == {port.name for port in source.inputs}
+    names = [port.name for port in ports]
+    by_name = set(names) == {port.name for port in source.inputs}
+
+    def model(*tensors: Tensor) -> object:
+        if by_name:
+            return source.module(**dict(zip(names, tensors, strict=True)))
+        return source.module(*tensors)
+
     for rows in (1, 3) if any(map(has_rows, ports)) else (1,):
         inputs = [example(port, rows, seed) for seed, port in enumerate(ports)]
-        given = [tensor.clone() for tensor in inputs]
-        with as_served(source.module), torch.no_grad():
-            if by_name:
-                names = (port.name for port in ports)
-                value = source.module(**dict(zip(names, given, strict=True)))
-            else:
-                value = source.module(*given)
+        with as_served(source.module):
+            expected = run_model(source.name, model, inputs)
+        with torch.no_grad():
             found = plain(*inputs)
-        expected = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         if len(found) != len(expected) or not all(map(same_bits, found, expected)):
             raise ModelRefused(
                 f"{source.name}: its export does not give the model's results at {rows} rows; the "
@@ -595,14 +614,13 @@ class _Cut:
     gives: tuple[fx.Node, ...]
 
 
-def _cuts(members: Sequence[_Member], trunks: Sequence[Sharers], blocks: int) -> list[list[_Cut]]:
+def _cuts(members: Sequence[_Member], trunks: Sequence[Sharers], blocks: Where) -> list[list[_Cut]]:
     """Where to cut each model: at the ends of its trunks, and in between; see step 4.
 
     The last cut of each is its end.
     """
-    target = sum(member.seconds(0, len(member.keys)) for member in members) / (
-        len(members) * blocks
-    )
+    average = sum(member.seconds(0, len(member.keys)) for member in members) / len(members)
+    asked = _asked(members, blocks.names if isinstance(blocks, AtModules) else ())
     reached = [0] * len(members)
     found: list[list[_Cut]] = [[] for _ in members]
 
@@ -616,16 +634,27 @@ def _cuts(members: Sequence[_Member], trunks: Sequence[Sharers], blocks: int) ->
             if all(member.can_end(place) for member in those)
             and (gives := _given(those, place)) is not None
         ]
-        parts = round(those[0].seconds(start, end) / target)
-        parts = min(max(parts, 1), len(within) + 1)
         bounds = [start, *(place for place, _ in within), end]
-        chosen = choose(
-            [those[0].seconds(a, b) for a, b in pairwise(bounds)],
-            [sum(map(port_bytes, those[0].analysis.named(gives[0]))) for _, gives in within],
-            parts,
-            byte_seconds=ROWS / BANDWIDTH,
-            slack=SLACK,
-        )
+        match blocks:
+            case int():
+                parts = round(those[0].seconds(start, end) * blocks / average)
+                chosen = choose(
+                    [those[0].seconds(a, b) for a, b in pairwise(bounds)],
+                    [
+                        sum(map(port_bytes, those[0].analysis.named(gives[0])))
+                        for _, gives in within
+                    ],
+                    min(max(parts, 1), len(within) + 1),
+                    byte_seconds=ROWS / BANDWIDTH,
+                    slack=SLACK,
+                )
+            case AtModules():
+                places = set().union(*(asked[index] for index in group))
+                chosen = [each for each, (place, _) in enumerate(within) if place in places]
+            case Everywhere():
+                chosen = [*range(len(within))]
+            case _:
+                assert_never(blocks)
         for place, everybody in [*(within[each] for each in chosen), (end, ending)]:
             for index, nodes in zip(group, everybody, strict=True):
                 found[index].append(_Cut(place, nodes))
@@ -645,6 +674,32 @@ def _cuts(members: Sequence[_Member], trunks: Sequence[Sharers], blocks: int) ->
     for index, member in enumerate(members):
         if reached[index] < len(member.keys):
             cut([index], len(member.keys), [member.crossing(len(member.keys))])
+    for member, cuts, wanted in zip(members, found, asked, strict=True):
+        for place in wanted.keys() - {each.place for each in cuts}:
+            raise ModelRefused(
+                f"{member.name} cannot be cut before {wanted[place]} together with the models that "
+                "it shares that part with: too much is alive there for all of them"
+            )
+    return found
+
+
+def _asked(members: Sequence[_Member], modules: Sequence[str]) -> list[dict[int, str]]:
+    """The places of each model before which modules begin, with their names. Raises ModelRefused.
+
+    Every model that has a module of a name must be one that can be cut there.
+    """
+    found: list[dict[int, str]] = [{} for _ in members]
+    for name in modules:
+        having = [i for i, member in enumerate(members) if name in member.analysis.modules]
+        if not having:
+            members[0].analysis.place_of(name)  # says which there are
+        for index in having:
+            analysis = members[index].analysis
+            place = analysis.place_of(name)
+            reason = analysis.obstacle(place) if place else "it begins with it"
+            if reason is not None:
+                raise ModelRefused(f"{members[index].name} cannot be cut before {name}: {reason}")
+            found[index][place] = name
     return found
 
 
@@ -754,8 +809,9 @@ def _pieces(analysis: Analysis, cuts: Sequence[_Cut]) -> list[Piece]:
 
 
 def _uses(digests: Iterable[Digest]) -> list[_Use]:
+    """With each the number of those before it that are equal."""
     count: Counter[Digest] = Counter()
-    found = []
+    found: list[_Use] = []
     for digest in digests:
         found.append((digest, count[digest]))
         count[digest] += 1

@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from blockflow.archive import read_archive
+from blockflow.archive import first_line, read_archive
 from blockflow.artifact import PROGRAM_FILE, Digest, Manifest, Origin, Port, Store
 from blockflow.cuts import (
     BANDWIDTH,
@@ -44,7 +44,15 @@ from blockflow.models import ModuleSource, ProgramFile, ScriptFile, SourceModel
 from blockflow.program import flatten_outputs, read_script
 from blockflow.topology import Topology
 from blockflow.topology import parse as parse_topology
-from blockflow.torchscript import Interface, Stage, interface_of, joined, stages, weight_bytes
+from blockflow.torchscript import (
+    Interface,
+    Stage,
+    interface_of,
+    joined,
+    read_file,
+    stages,
+    weight_bytes,
+)
 from blockflow.weights import write_program
 from blockflow.wiring import by_rule
 
@@ -426,8 +434,8 @@ def _prove(
     batched = any(map(has_rows, ports.values()))
     for rows in (1, 3) if batched else (1,):
         inputs = [example(port, rows, seed) for seed, port in enumerate(ports.values())]
+        expected = run_model(name, model, inputs)
         found = run(inputs)
-        expected = _run_model(model, inputs)
         if len(found) != len(expected) or not all(map(same_bits, found, expected)):
             raise ModelRefused(
                 f"{name}: the blocks do not give the model's results at {rows} rows; the model "
@@ -445,10 +453,16 @@ def _prove(
             )
 
 
-def _run_model(model: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+def run_model(name: str, model: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that a model gives for copies of `inputs`. Raises ModelRefused naming `name`."""
     served = as_served(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
     with served, torch.no_grad():
-        value = model(*[tensor.clone() for tensor in inputs])
+        try:
+            value = model(*[tensor.clone() for tensor in inputs])
+        except Exception as error:  # somebody else's code, on inputs that somebody described
+            raise ModelRefused(
+                f"{name} does not run on the inputs that it is said to take: {first_line(error)}"
+            ) from error
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -577,7 +591,7 @@ def _store_script(
     source: ScriptFile, blocks: Where, store: Store, progress: Progress | None
 ) -> SplitResult:
     say = progress or (lambda _: None)
-    script = read_script(source.path)
+    script = read_file(source.path)
     if blocks == 1:
         whole = interface_of(script, source.inputs, str(source.path))
         parts = [(whole, Cost(parameter_bytes=weight_bytes(script)), "forward", "forward")]
@@ -652,7 +666,7 @@ def _store_script(
 
 def script_stages(source: ScriptFile) -> list[Stage]:
     """What a TorchScript file is a sequence of. Raises ModelRefused where it is none."""
-    return stages(read_script(source.path), source.inputs, source.path)
+    return stages(read_file(source.path), source.inputs, source.path)
 
 
 def script_places(source: ScriptFile, every: Sequence[Stage], blocks: Where) -> list[int]:
