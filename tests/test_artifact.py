@@ -406,6 +406,21 @@ def test_a_session_of_writing_keeps_garbage_collectors_out(store: Store) -> None
         assert collecting.result(timeout=30).artifacts == (A, B)
 
 
+def test_who_uses_the_store_is_known_before_it_does(store: Store, tmp_path: Path) -> None:
+    digest = store.put(manifest(), writing(b"program")).digest
+    user = tmp_path / "topology.yaml"
+    for _ in range(2):
+        with store.using([digest], user):
+            assert store.users() == [user]
+            assert not user.exists()
+    with (
+        pytest.raises(NotFound, match="has no artifact"),
+        store.using([f"sha256-{'0' * 64}"], tmp_path / "other"),
+    ):
+        raise AssertionError
+    assert store.users() == [user]
+
+
 def test_a_killed_writer_does_not_lock_the_store(store: Store) -> None:
     process = writer(store, A, "half")
     with process:

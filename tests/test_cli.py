@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -35,12 +36,14 @@ from blockflow.artifact import (
     tensor_name,
 )
 from blockflow.client import ControlClient
+from blockflow.edit import Verb
 from blockflow.errors import StartFailed, TopologyInvalid
 from blockflow.gateway.http import create_app as create_gateway
 from blockflow.options import ServeOptions
 from blockflow.reconcile import validate
+from blockflow.state import State
 from blockflow.status import BlockState
-from blockflow.topology import Block, Pipeline, Topology, dump, parse
+from blockflow.topology import Block, Generation, Pipeline, Topology, dump, parse
 from fake_controller import DIGEST, WANTED, FakeController
 from fake_gateway import serving, zoo
 
@@ -700,6 +703,46 @@ def test_store_gc_of_everything(stored: Store) -> None:
     assert stored.tensors() == {}
 
 
+def test_store_gc_knows_the_topologies_that_split_wrote(family: Path) -> None:
+    store = Store(family / "store", create=True)
+    unused = put(store, "a", b"weight of a")
+    verb = ("store", "gc", "--store", "store", "--all")
+    done = run("split", "family_of_models:one", "-n", "2", "-o", "topology.yaml")
+    assert done.exit_code == 0, done.output
+    used = [each for each in store.digests() if each != unused]
+    assert store.users() == [family / "topology.yaml"]
+    assert run(*verb).exit_code == 0
+    assert store.digests() == used
+    # What cannot be read might use anything.
+    good = (family / "topology.yaml").read_text()
+    (family / "topology.yaml").write_text("blocks: [")
+    line, *_ = refused(run(*verb))
+    assert line.startswith(f"error: nothing was removed: {family / 'topology.yaml'} uses this")
+    assert store.digests() == used
+    # One that is gone uses nothing, until it is back.
+    (family / "topology.yaml").rename(family / "away.yaml")
+    assert "would be removed" in run(*verb, "--dry-run").output
+    (family / "topology.yaml").write_text(good)
+    assert run(*verb).output == "freed: 0 B, 0 artifacts and 0 tensor files\n"
+    (family / "topology.yaml").unlink()
+    assert run(*verb).exit_code == 0
+    assert store.digests() == []
+
+
+def test_store_gc_knows_the_history_of_servers_that_do_not_run(
+    stored: Store, tmp_path: Path
+) -> None:
+    digest = f"sha256-{'a' * 64}"
+    with contextlib.closing(State(tmp_path / "state")) as state:
+        with stored.using([digest], state.file):
+            wanted = Topology(blocks={"a": Block(artifact=digest)})
+            state.record(Generation(1), wanted, stored.root, Verb.APPLY)
+            state.record(Generation(2), Topology(), stored.root, Verb.APPLY)
+        assert run("store", "gc", "--store", stored.root, "--all").exit_code == 0
+    assert run("store", "gc", "--store", stored.root, "--all").exit_code == 0
+    assert stored.digests() == [digest]
+
+
 # ------------------------------------------------------------------------------------ sharing
 
 
@@ -795,7 +838,9 @@ def test_split_says_so_when_models_have_nothing_in_common(family: Path) -> None:
     ("arguments", "words"),
     [
         (["a:b", "c:d", "-n", "2"], "2 models are split together with --share only"),
-        (["a:b", "--share", "--name", "p"], "--share goes with --blocks alone"),
+        (["a:b", "--share", "--name", "p"], "--name does not go with --share"),
+        (["a:b", "--share", "--measure", "cpu", "-n", "2"], "--measure does not go with --share"),
+        (["a:b", "--share", "--at", "x", "-n", "2"], "say how to split"),
         (["a:b"], "say how to split"),
         (["a:b", "-n", "2", "--every"], "say how to split"),
         (["a:b", "--at", ""], "--at takes names of modules, such as layer2,layer3, not ''"),

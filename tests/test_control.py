@@ -83,6 +83,25 @@ def follow(server: Server) -> list[dict[str, Any]]:
     return events
 
 
+def test_garbage_is_never_what_a_stopped_server_can_go_back_to(
+    store: Store, mlp: list[str], base: dict[str, Any], directory: Path
+) -> None:
+    unused, other = store_model(store, Mlp(seed=6), 1)[0], store_model(store, Mlp(seed=5), 1)[0]
+    with Server(directory, base) as server:
+        server.wait_ready()
+        control = server.control
+        control.put_topology(
+            {"blocks": {"alone": {"artifact": other, "device": "cpu"}}, "pipelines": {}}
+        )
+    gc = [sys.executable, "-m", "blockflow", "store", "gc", "--all", "--store", str(store.root)]
+    done = subprocess.run(gc, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("removed: ") == 1
+    assert set(store.digests()) == {*mlp, other}
+    assert unused not in store
+    for digest in store.digests():
+        store.verify(digest)
+
+
 def test_twenty_updates_of_every_kind_under_load(
     store: Store, mlp: list[str], base: dict[str, Any], directory: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +16,7 @@ from blockflow.artifact import Port
 from blockflow.cuts import Analysis
 from blockflow.errors import InvalidInput
 from blockflow.export import export
-from blockflow.plot import Cut, Profile, check_picture, draw, human_bytes, profile
+from blockflow.plot import Cut, Profile, check_picture, draw, human_bytes, human_operations, profile
 
 SHOWN = Profile(
     name="<net> & co",
@@ -23,6 +24,7 @@ SHOWN = Profile(
     seconds=(3e-6, 1e-6, 4e-6, 0.0),
     parameter_bytes=(100, 0, 300, 0),
     flops=(1000, 0, 3000, 0),
+    activation_bytes=(64, 64, 16, 16),
     modules=(("stem", 0), ("head", 2)),
     cuts=(Cut(1, 1, 64), Cut(2, 2, 2_000_000), Cut(3, 1, 0)),
     chosen=(2,),
@@ -49,6 +51,7 @@ def test_a_profile_is_what_the_analysis_found() -> None:
     shown = profile(analysis, "net", tensors=1, chosen=[2])
     assert len(shown.operators) == 3
     assert shown.flops == (64, 0, 32)
+    assert shown.activation_bytes == (32, 32, 8)
     assert shown.parameter_bytes == ((4 * 8 + 8) * 4, 0, (8 * 2 + 2) * 4)
     assert shown.cuts == (Cut(1, 1, 32), Cut(2, 1, 32))
     assert shown.modules == (("stem", 0), ("head", 2))
@@ -65,9 +68,22 @@ def test_what_has_accumulated_ends_at_100_percent() -> None:
 
 def test_the_summary_says_how_unequal_the_blocks_are() -> None:
     assert SHOWN.summary() == (
-        "400 B of weights, 0.00 GFLOP per row, 3 cut points; "
+        "400 B of weights, 4.0 kFLOP per row, 3 cut points; "
         "2 blocks, the slowest 1.00 × the average"
     )
+
+
+def test_measured_time_is_told_with_its_rows() -> None:
+    shown = replace(SHOWN, measured="cpu", rows=8)
+    assert "; 0.008 ms for 8 rows on cpu; " in shown.summary()
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0 FLOP"), (999, "999 FLOP"), (1000, "1.0 kFLOP"), (3.6e9, "3.6 GFLOP")],
+)
+def test_operations_for_people(count: float, words: str) -> None:
+    assert human_operations(count) == words
 
 
 def test_html_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
@@ -105,7 +121,7 @@ def test_png_is_drawn_by_matplotlib(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["png", "html"])
 def test_a_model_without_cuts_weights_or_cost_can_be_drawn(tmp_path: Path, suffix: str) -> None:
 
-    bare = Profile("bare", ("relu",), (0.0,), (0,), (0,), (), (), ())
+    bare = Profile("bare", ("relu",), (0.0,), (0,), (0,), (0,), (), (), ())
     draw(bare, tmp_path / f"bare.{suffix}")
     assert (tmp_path / f"bare.{suffix}").stat().st_size > 500
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,9 @@ from blockflow.models import ModuleSource, ScriptFile, built_in
 from blockflow.program import load
 from blockflow.reconcile import validate
 from blockflow.share import Family, family_topology, split_shared
-from blockflow.wiring import by_rule
+from blockflow.split import AtModules, Everywhere
+from blockflow.topology import PipelineName
+from blockflow.wiring import Source, Wiring, wire
 
 ROW = Port("x", "float32", ("batch", 16))
 IMAGE = Port("x", "float32", ("batch", 3, 64, 64))
@@ -56,30 +58,37 @@ def share(store: Store, *modules: nn.Module, blocks: int = 1) -> Family:
     sources = [source("abcdefghij"[i], copy.deepcopy(each)) for i, each in enumerate(modules)]
     family = split_shared(sources, store, blocks=blocks)
     for model, module in zip(family.models, modules, strict=True):
-        assert_equal(store, family, model.blocks, module)
+        assert_equal(store, family, model.name, module)
     assert_deployable(store, family)
     return family
 
 
 def assert_equal(
-    store: Store, family: Family, blocks: Sequence[str], module: nn.Module, *ports: Port
-) -> None:
-    programs = [load(store, family.blocks[name].digest, "cpu") for name in blocks]
+    store: Store, family: Family, name: str, module: nn.Module, *ports: Port
+) -> Wiring:
+    """Run a pipeline as its topology wires it, and compare with the model."""
+    topology = family_topology(family)
+    wiring, problems = wire(
+        topology.pipelines[PipelineName(name)],
+        lambda block: store.manifest(topology.blocks[block].artifact),
+    )
+    assert wiring is not None, problems
+    programs = {b: load(store, topology.blocks[b].artifact, "cpu") for b in wiring.blocks}
     for rows in (1, 5):
         inputs = [example(port, rows, seed) for seed, port in enumerate(ports or (ROW,))]
-        takes = programs[0].manifest.inputs
-        values = {port.name: each for port, each in zip(takes, inputs, strict=True)}
-        for index, program in enumerate(programs):
-            if index:
-                names = by_rule(programs[index - 1].manifest.outputs, program.manifest.inputs)
-                values = {name: values[gives] for name, gives in names.items()}
-            values = program(values)
+        names = [port.name for port in wiring.inputs]
+        assert names == [port.name for port in ports or (ROW,)]
+        values = {Source(None, name): tensor for name, tensor in zip(names, inputs, strict=True)}
+        for block, program in programs.items():
+            feeds = wiring.feeds[block]
+            found = program({port: values[source] for port, source in feeds.items()})
+            values.update((Source(block, port), tensor) for port, tensor in found.items())
         with torch.inference_mode():
-            expected = module.eval()(*inputs)
+            expected = module.eval()(*[tensor.clone() for tensor in inputs])
         expected = expected if isinstance(expected, tuple) else (expected,)
-        gives = programs[-1].manifest.outputs
-        for port, tensor in zip(gives, expected, strict=True):
-            assert torch.equal(values[port.name], tensor)
+        for source, tensor in zip(wiring.gives.values(), expected, strict=True):
+            assert torch.equal(values[source], tensor)
+    return wiring
 
 
 def assert_deployable(store: Store, family: Family) -> None:
@@ -88,7 +97,7 @@ def assert_deployable(store: Store, family: Family) -> None:
     manifests: dict[Digest, Manifest | str] = {
         Digest(block.artifact): store.verify(block.artifact) for block in topology.blocks.values()
     }
-    assert len(manifests) == len(topology.blocks)
+    assert set(manifests) == {block.digest for block in family.blocks.values()}
     assert validate(topology, manifests, ["cpu"]) == []
 
 
@@ -298,6 +307,154 @@ def test_of_overlapping_sets_the_one_that_saves_more_is_kept(store: Store) -> No
     assert len(store.tensors()) == len(names)
 
 
+class Beside(nn.Module):
+    """A trunk whose input, and whose first layer's result, something else needs as well."""
+
+    def __init__(self, own: int, *, middle: bool = False) -> None:
+        super().__init__()
+        self.own, self.trunk, self.middle = linear(own), Chain(1, 2, 3), middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        aside = self.own(x)
+        if self.middle:
+            aside = aside * torch.relu(self.trunk.layers[0](x))
+        result: Tensor = self.trunk(x) + aside
+        return result
+
+
+class Headed(nn.Module):
+    def __init__(self, head: int) -> None:
+        super().__init__()
+        self.trunk, self.head = Chain(1, 2, 3), linear(head, outputs=5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.trunk(x))
+        return result
+
+
+def test_what_only_one_model_still_needs_does_not_end_the_trunk(store: Store) -> None:
+    """One model needs the input beside the trunk: it takes it from the client."""
+    family = share(store, Headed(7), Headed(8), Beside(9))
+    assert chains(family) == [("trunk", "a-2of2"), ("trunk", "b-2of2"), ("trunk", "c-2of2")]
+    trunk = family.blocks["trunk"].manifest
+    assert trunk.flops == 3 * 2 * 16 * 16
+    assert len(trunk.outputs) == 1
+    assert [model.chain for model in family.models] == [True, True, False]
+    assert sorted(family.models[2].feeds[1].values()) == ["input.x", "trunk.hidden"]
+    assert len(share(store, Headed(7), Beside(9), Headed(8), blocks=3).blocks) == 5
+
+
+def test_a_trunk_gives_what_any_of_its_models_needs(store: Store) -> None:
+    class Middle(nn.Module):
+        def __init__(self, own: int) -> None:
+            super().__init__()
+            self.trunk, self.own = Chain(1, 2, 3), linear(own)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = torch.relu(self.trunk.layers[0](x))
+            second = torch.relu(self.trunk.layers[1](first))
+            third = torch.relu(self.trunk.layers[2](second))
+            result: Tensor = self.own(third) + first
+            return result
+
+    family = share(store, Headed(7), Middle(9))
+    trunk = family.blocks["trunk"]
+    assert trunk.models == ("a", "b")
+    assert trunk.manifest.flops == 3 * 2 * 16 * 16
+    assert len(trunk.manifest.outputs) == 2
+    assert len(family.models[0].feeds[1]) == 1
+    assert len(family.models[1].feeds[1]) == 2
+
+
+def test_models_that_take_different_inputs_share_a_trunk(store: Store) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = Chain(1, 2, 3)
+
+        def forward(self, x: Tensor, scale: Tensor, unused: Tensor) -> Tensor:
+            result: Tensor = self.trunk(x) * scale
+            return result
+
+    ports = [Port(name, "float32", ("batch", 16)) for name in ("x", "scale", "unused")]
+    modules = Headed(7), Scaled()
+    family = split_shared(
+        [source("a", copy.deepcopy(modules[0])), source("b", copy.deepcopy(modules[1]), *ports)],
+        store,
+    )
+    assert_deployable(store, family)
+    assert_equal(store, family, "a", modules[0])
+    wiring = assert_equal(store, family, "b", modules[1], *ports)
+    assert family.blocks["trunk"].models == ("a", "b")
+    assert family.blocks["trunk"].manifest.flops == 3 * 2 * 16 * 16
+    assert [port.name for port in wiring.inputs] == ["x", "scale", "unused"]
+
+
+class Overwrites(nn.Module):
+    """Keeps the trunk's input alive, and overwrites it in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Chain(1, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.trunk(x)
+        return result + x.mul_(2.0)
+
+
+def test_a_model_that_cannot_be_cut_leaves_the_others_their_trunk(store: Store) -> None:
+    family = share(store, Overwrites(), Headed(7), Headed(8))
+    trunks = [block for block in family.blocks.values() if len(block.models) > 1]
+    assert [block.models for block in trunks] == [("b", "c")]
+    assert trunks[0].manifest.flops == 3 * 2 * 16 * 16
+
+
+class Between(nn.Module):
+    """The trunk of `Headed` and, as a second output, what lies in its middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Chain(1, 2, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.relu(self.trunk.layers[0](x))
+        second = torch.relu(self.trunk.layers[1](first))
+        return torch.relu(self.trunk.layers[2](second)), first
+
+
+def test_a_model_that_ends_inside_another_gives_its_outputs_from_the_trunk(store: Store) -> None:
+    family = share(store, Between(), Headed(7))
+    assert chains(family) == [("trunk",), ("trunk", "b-2of2")]
+    trunk = family.blocks["trunk"].manifest
+    assert list(family.models[0].gives) == ["output_0", "output_1"]
+    # In the order of their making: not that of the model, which the pipeline restores.
+    assert [s.partition(".")[2] for s in family.models[0].gives.values()] == [
+        port.name for port in reversed(trunk.outputs)
+    ]
+
+
+class Repeats(nn.Module):
+    """One layer again and again, as ALBERT's: its blocks are one artifact."""
+
+    def __init__(self, head: int) -> None:
+        super().__init__()
+        self.layer, self.head = linear(1), linear(head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(6):
+            x = torch.relu(self.layer(x))
+        result: Tensor = self.head(x)
+        return result
+
+
+def test_a_pipeline_may_pass_one_artifact_twice(store: Store) -> None:
+    family = share(store, Repeats(2), Repeats(3), blocks=7)
+    for model in family.models:
+        assert len(set(model.blocks)) == len(model.blocks)
+        digests = {family.blocks[name].digest for name in model.blocks}
+        assert len(digests) < len(model.blocks)
+
+
 class TwoHeads(nn.Module):
     def __init__(self, *heads: int) -> None:
         super().__init__()
@@ -346,6 +503,42 @@ def test_parts_that_take_long_are_cut_further_and_alike_for_all(store: Store) ->
     ]
     layers = [block.manifest.flops // (2 * 16 * 16) for block in family.blocks.values()]
     assert layers == [2, 2, 2, 2, 2]
+
+
+def test_shared_parts_are_cut_before_the_modules_that_were_named(store: Store) -> None:
+    modules = [TwoHeads(3, 4), TwoHeads(3, 5), Headed(6)]
+    sources = [source(name, copy.deepcopy(m)) for name, m in zip("abc", modules, strict=True)]
+    where = AtModules(("trunk.layers.1", "head"))
+    family = split_shared(sources, store, blocks=where)
+    for model, module in zip(family.models, modules, strict=True):
+        assert_equal(store, family, model.name, module)
+    assert family.blocks["trunk-1"].models == ("a", "b", "c")
+    assert family.blocks["trunk-1"].manifest.flops == 2 * 16 * 16
+    assert family.blocks[family.models[2].blocks[-1]].manifest.origin.first == "linear_3"
+    with pytest.raises(ModelRefused, match="has no module 'nosuch'"):
+        split_shared(sources, store, blocks=AtModules(("nosuch",)))
+
+
+def test_shared_parts_are_cut_everywhere(store: Store) -> None:
+    chain = [Chain(1, 2, 3), Chain(1, 2, 4)]
+    sources = [source(name, copy.deepcopy(m)) for name, m in zip("ab", chain, strict=True)]
+    family = split_shared(sources, store, blocks=Everywhere())
+    assert [len(blocks) for blocks in chains(family)] == [6, 6]
+    # The last ReLU is an equal block of both, though of other inputs.
+    assert len(family.blocks) == 7
+    assert_equal(store, family, "b", chain[1])
+
+
+def test_equal_blocks_in_opposite_orders_are_not_deployed_as_one(store: Store) -> None:
+    """Requests of two pipelines through the same blocks in opposite orders could block both."""
+    first = nn.Sequential(linear(1), nn.ReLU(), linear(2), nn.GELU(), linear(3))
+    other = nn.Sequential(linear(4), nn.GELU(), linear(5), nn.ReLU(), linear(6))
+    row = Port("input", "float32", ("batch", 16))
+    sources = [source("a", first, row), source("b", other, row)]
+    family = split_shared(sources, store, blocks=Everywhere())
+    assert_deployable(store, family)
+    assert len(family.blocks) == 10
+    assert len(store.digests()) == 8
 
 
 def test_models_of_one_name_get_names_of_their_own(store: Store) -> None:
@@ -415,4 +608,4 @@ def test_a_family_takes_the_bytes_that_arithmetic_says(store: Store) -> None:
     assert family.blocks["trunk"].models == tuple(f"v{index}" for index in range(sharing))
     assert_deployable(store, family)
     for index in (0, sharing - 1, sharing):
-        assert_equal(store, family, family.models[index].blocks, modules[index], IMAGE)
+        assert_equal(store, family, family.models[index].name, modules[index], IMAGE)

@@ -7,6 +7,7 @@ import itertools
 import logging
 import random
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from blockflow.artifact import Port, Store
 from blockflow.cuts import choose
 from blockflow.errors import ModelRefused, TopologyInvalid
 from blockflow.models import ModuleSource, ProgramFile, ScriptFile, resolve
-from blockflow.program import load
+from blockflow.program import load, read_script
+from blockflow.share import split_shared
 from blockflow.split import (
     AtModules,
     Cost,
@@ -808,6 +810,34 @@ def test_torchscript_that_is_no_sequence_says_why(
 class ScriptedTwo(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"b": x.relu_(), "a": x + 1}
+
+
+def test_torchscript_with_a_damaged_weight_is_refused(store: Store, tmp_path: Path) -> None:
+    """torch itself reads such a file without a word."""
+    path = tmp_path / "old.pt"
+    scripted(nn.Sequential(nn.Linear(32, 32)), path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        (member,) = [each for each in archive.infolist() if each.file_size == 32 * 32 * 4]
+        content[content.find(archive.read(member)) + 5] ^= 1
+    path.write_bytes(content)
+    read_script(path)
+    port = Port("x", "float32", ("batch", 32))
+    for blocks in (1, 2):
+        with pytest.raises(ModelRefused, match=r"old\.pt is damaged: .*data/\d"):
+            split_model(ScriptFile("old", path, (port,)), blocks, store)
+    assert store.digests() == []
+
+
+def test_a_model_that_does_not_run_on_its_inputs_is_refused(store: Store) -> None:
+    """Export believes the dtype, and looks no further."""
+    module = nn.Sequential(nn.Linear(4, 4)).eval()
+    source = ModuleSource("net", module, (Port("input", "int64", ("batch", 4)),))
+    message = r"net does not run on the inputs .*: mat1 and mat2 must have the same dtype"
+    with pytest.raises(ModelRefused, match=message):
+        split_model(source, 1, store)
+    with pytest.raises(ModelRefused, match=message):
+        split_shared([source], store)
 
 
 def test_torchscript_outputs_and_writes_are_discovered(store: Store, tmp_path: Path) -> None:

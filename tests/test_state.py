@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from blockflow.edit import Verb
-from blockflow.errors import NotFound, StartFailed
-from blockflow.state import State
+from blockflow.errors import InvalidInput, NotFound, StartFailed
+from blockflow.state import State, topologies_in
 from blockflow.status import Outcome
 from blockflow.topology import Block, Generation, Topology
 from fake_controller import DIGEST, WANTED
@@ -57,6 +57,21 @@ def test_what_was_recorded_is_there_afterwards(tmp_path: Path) -> None:
         assert [each.generation for each in state.history(1)] == [2]
         # A number that a failed attempt had is not given to another.
         assert state.next_number() == 3
+
+
+def test_what_a_server_remembers_can_be_read_beside_it(tmp_path: Path) -> None:
+    with closing(State(tmp_path / "s")) as state:
+        state.record(Generation(1), WANTED, Path("/store"), Verb.SERVE)
+        state.record(Generation(2), Topology(), None, Verb.APPLY)
+        assert topologies_in(state.file) == [WANTED, Topology()]
+    assert topologies_in(state.file) == [WANTED, Topology()]
+    state.file.write_bytes(b"no database" * 100)
+    with pytest.raises(InvalidInput, match=r"the history in .*state\.db cannot be read: file is"):
+        topologies_in(state.file)
+    state.file.unlink()
+    with pytest.raises(InvalidInput, match="cannot be read: unable to open"):
+        topologies_in(state.file)
+    assert not state.file.exists()
 
 
 def test_the_generation_before_is_one_that_served(tmp_path: Path) -> None:

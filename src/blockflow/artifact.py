@@ -16,6 +16,13 @@ Note [Who may be in the store at once]
     already until the artifact that relies on it has appeared; `Store.writing` stretches this until
     the topology that uses the artifacts is written. Collecting garbage holds the lock alone. The
     kernel drops a lock with the process, however that ends.
+
+Note [Who uses the store]
+    What uses an artifact lies outside of the store: in topology files, and in the history of
+    servers, of which none may be running. So a store knows the paths of both: `split` and servers
+    leave theirs under `<root>/users` before they write into the file that they use something, and
+    whoever collects garbage reads those files. A file that is gone uses nothing; one that cannot be
+    read might, and then nothing is removed.
 """
 
 from __future__ import annotations
@@ -161,6 +168,7 @@ class Store:
 
         <root>/<2 hex digits>/<digest>/{manifest.json, program.*, weights.json}
         <root>/tensors/<2 hex digits>/<sha256>.safetensors
+        <root>/users/<16 hex digits of the sha256 of a path>
         <root>/{tmp, lock}
 
     An artifact appears whole, by one rename, or not at all; it never changes afterwards. What a
@@ -223,6 +231,39 @@ class Store:
         """
         with self._locked(fcntl.LOCK_SH):
             yield
+
+    @contextlib.contextmanager
+    def using(self, digests: Iterable[str], user: Path) -> Iterator[None]:
+        """For whoever writes into the file `user` that it uses these artifacts, meanwhile.
+
+        Keeps `collect` out, and leaves the file's path in the store; see Note [Who uses the store].
+        Raises NotFound where an artifact is not there (any more), and OSError.
+        """
+        with self.writing():
+            for digest in digests:
+                if digest not in self:
+                    self.manifest(digest)  # says so
+            path = str(user.resolve())
+            final = self._users / hashlib.sha256(path.encode()).hexdigest()[:16]
+            if not final.exists():
+                self._users.mkdir(exist_ok=True)
+                with self.draft() as draft:
+                    _write_durably(draft / final.name, f"{path}\n".encode())
+                    (draft / final.name).replace(final)
+                _sync(self._users)
+            yield
+
+    def users(self) -> list[Path]:
+        """The files that say what they use of this store, as far as it knows; some may be gone."""
+        return sorted(
+            Path(path.read_text().removesuffix("\n"))
+            for path in self._users.glob("*")
+            if re.fullmatch(r"[0-9a-f]{16}", path.name)
+        )
+
+    @property
+    def _users(self) -> Path:
+        return self.root / "users"
 
     @contextlib.contextmanager
     def _locked(self, kind: int) -> Iterator[None]:

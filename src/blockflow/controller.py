@@ -13,7 +13,15 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -639,14 +647,15 @@ class Controller:
         await self._mps.keep({spec.device for spec in specs if spec.mps})
 
     async def _record(self, deployed: _Deployed, verb: Verb, reason: str | None = None) -> None:
-        await asyncio.to_thread(
-            self._state.record,
-            deployed.generation,
-            deployed.topology,
-            self._store,
-            verb,
-            reason,
-        )
+        def write() -> None:
+            # A generation that failed uses nothing.
+            topology = deployed.topology if reason is None else Topology(store=None)
+            with _in_use(self._store, topology, self._state.file):
+                self._state.record(
+                    deployed.generation, deployed.topology, self._store, verb, reason
+                )
+
+        await asyncio.to_thread(write)
 
     async def _fail(self, deployed: _Deployed, verb: Verb, reason: str) -> None:
         self._journal.write(EventKind.GENERATION_FAILED, str(deployed.generation), reason)
@@ -1195,6 +1204,25 @@ def _read_manifests(topology: Topology, directory: Path | None) -> dict[Digest, 
         except BlockFlowError as error:
             found[digest] = str(error)
     return found
+
+
+@contextlib.contextmanager
+def _in_use(directory: Path | None, topology: Topology, history: Path) -> Iterator[None]:
+    """Have the store know of the history, and keep collectors out until it tells of the topology.
+
+    Raises StartFailed where an artifact was removed since the topology was examined.
+    """
+    with contextlib.ExitStack() as stack:
+        if directory is not None and topology.blocks:
+            used = {block.artifact for block in topology.blocks.values()}
+            try:
+                stack.enter_context(Store(directory).using(used, history))
+            except NotFound as error:
+                raise StartFailed(f"{error} (it was there when the update began)") from error
+            except OSError as error:
+                # Some stores are read-only. Nobody can collect garbage there either.
+                log.debug("the store at %s cannot know of %s: %s", directory, history, error)
+        yield
 
 
 def _histogram(found: protocol.Histogram) -> Histogram:

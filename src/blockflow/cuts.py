@@ -216,11 +216,14 @@ class Analysis:
 
     def ports(self, place: int) -> tuple[Port, ...]:
         """What crosses at a place, named by position alone: equal blocks get equal manifests."""
-        live = self._live[place]
-        names = [HIDDEN] if len(live) == 1 else [f"{HIDDEN}_{i}" for i in range(len(live))]
+        return self.named(self._live[place])
+
+    def named(self, nodes: Sequence[fx.Node]) -> tuple[Port, ...]:
+        """Ports for what blocks hand over."""
+        names = [HIDDEN] if len(nodes) == 1 else [f"{HIDDEN}_{i}" for i in range(len(nodes))]
         return tuple(
             port_of(name, node.meta["val"], self.batch)
-            for name, node in zip(names, live, strict=True)
+            for name, node in zip(names, nodes, strict=True)
         )
 
     def obstacle(self, place: int) -> str | None:
@@ -229,7 +232,7 @@ class Analysis:
         if not any(n.op != "output" and self._reads(n, place) for v in live for n in v.users):
             return "nothing is left to compute behind it"
         for node in live:
-            reason = self._misfit(node)
+            reason = self.misfit(node)
             if reason is not None:
                 return reason
             last = self._last_write.get(self.shadow.memory(node), -1)
@@ -293,14 +296,29 @@ class Analysis:
                     queue.append(source)
         return [n for n in self.program.graph.nodes if n in wanted and n not in self.weights]
 
-    def mutated_inputs(self, last: int) -> bool:
-        """Whether `body[:last]` writes to memory of the model's inputs."""
-        memory = {self.shadow.memory(node) for node in self.inputs}
+    def used(self, first: int, last: int) -> set[fx.Node]:
+        """What `body[first:last]` takes of what is made before it, and of the model's inputs."""
+        own = set(self.body[first:last])
+        return {
+            source
+            for node in self.needed(first, last)
+            if not is_batch_size(node, self.batch)
+            for source in node.all_input_nodes
+            if source not in own and source not in self.free and source not in self.weights
+        }
+
+    def writes(self, first: int, last: int, nodes: Iterable[fx.Node]) -> bool:
+        """Whether `body[first:last]` writes to memory of any of these nodes."""
+        memory = {self.shadow.memory(node) for node in nodes}
         return any(
             self.shadow.memory(written) in memory
-            for node in self.body[:last]
+            for node in self.body[first:last]
             for written in mutated_arguments(node)
         )
+
+    def place(self, node: fx.Node) -> int | None:
+        """Where in `body` a node is; None for what is made without the inputs' data, and inputs."""
+        return self._place.get(node)
 
     def _refuse_memory(self) -> None:
         weights = {self.shadow.memory(node): name for node, (name, _) in self.weights.items()}
@@ -335,7 +353,7 @@ class Analysis:
             sets.append(tuple(alive))
         return sets
 
-    def _misfit(self, node: fx.Node) -> str | None:
+    def misfit(self, node: fx.Node) -> str | None:
         """Why a node's value cannot travel."""
         value = node.meta.get("val")
         if not isinstance(value, Tensor):

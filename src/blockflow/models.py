@@ -198,7 +198,10 @@ def _transformer_inputs(module: nn.Module) -> object:
         if isinstance(height, int) and isinstance(width, int):
             return {"pixel_values": torch.zeros(1, channels, height, width)}
         return None
-    return getattr(module, "dummy_inputs", None)
+    dummies = getattr(module, "dummy_inputs", None)
+    # What the base class says is for language models; others inherit it.
+    known = inspect.signature(module.forward).parameters
+    return dummies if isinstance(dummies, dict) and set(dummies) <= set(known) else None
 
 
 _LIBRARIES: Mapping[str, tuple[str, str]] = {  # module, and its function from name to model

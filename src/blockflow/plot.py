@@ -39,10 +39,11 @@ class Cut:
 class Profile:
     """What a picture shows.
 
-    seconds, parameter_bytes, flops: by operator, in order; see `cuts.Cost` for their meaning.
+    seconds, parameter_bytes, flops, activation_bytes: by operator, in order; see `cuts.Cost` for
+    their meaning.
     operators: their names. modules: where each top-level submodule begins. chosen: the places of
     the cuts that were made, all of them among `cuts`. measured: where seconds come from, or None
-    for modelled ones.
+    for modelled ones. rows: how many these seconds are for.
     """
 
     name: str
@@ -50,10 +51,12 @@ class Profile:
     seconds: tuple[float, ...]
     parameter_bytes: tuple[int, ...]
     flops: tuple[int, ...]
+    activation_bytes: tuple[int, ...]
     modules: tuple[tuple[str, int], ...]
     cuts: tuple[Cut, ...]
     chosen: tuple[int, ...]
     measured: str | None = None
+    rows: int = 0
 
     def blocks(self) -> Iterator[tuple[int, int, float]]:
         """Each block's first place, its end, and its share of the time."""
@@ -76,8 +79,11 @@ class Profile:
         """One line: how large the model is, and how it is cut."""
         said = (
             f"{human_bytes(sum(self.parameter_bytes))} of weights, "
-            f"{sum(self.flops) / 1e9:.2f} GFLOP per row, {len(self.cuts)} cut points"
+            f"{human_operations(sum(self.flops))} per row, {len(self.cuts)} cut points"
         )
+        if self.measured:
+            took = 1e3 * sum(self.seconds)
+            said += f"; {took:.3g} ms for {self.rows} rows on {self.measured}"
         if self.chosen:
             slowest = max(share for _, _, share in self.blocks())
             count = len(self.chosen) + 1
@@ -98,6 +104,8 @@ def profile(
     measured: str | None = None,
 ) -> Profile:
     """Read what a picture shows from a program's analysis, with cuts of at most `tensors`."""
+    from blockflow.cuts import ROWS  # noqa: PLC0415  loads torch, which drawing does without
+
     cuts = [Cut(c.place, len(c.tensors), c.row_bytes) for c in analysis.cuts(tensors)]
     known = {cut.place for cut in cuts}
     extra = analysis.cut_points_at([place for place in chosen if place not in known])
@@ -108,10 +116,12 @@ def profile(
         seconds=tuple(cost.seconds for cost in analysis.costs),
         parameter_bytes=tuple(cost.parameter_bytes for cost in analysis.costs),
         flops=tuple(cost.flops for cost in analysis.costs),
+        activation_bytes=tuple(cost.activation_bytes for cost in analysis.costs),
         modules=_landmarks(analysis.modules),
         cuts=tuple(sorted(cuts, key=lambda cut: cut.place)),
         chosen=tuple(chosen),
         measured=measured,
+        rows=ROWS,
     )
 
 
@@ -124,6 +134,7 @@ def script_profile(every: Sequence[Stage], name: str, chosen: Sequence[int]) -> 
         seconds=tuple(stage.cost.seconds for stage in every),
         parameter_bytes=tuple(stage.cost.parameter_bytes for stage in every),
         flops=tuple(stage.cost.flops for stage in every),
+        activation_bytes=tuple(stage.cost.activation_bytes for stage in every),
         modules=tuple((each, place) for place, each in enumerate(names)),
         cuts=tuple(Cut(place, 1, each.row_bytes) for place, each in enumerate(every[:-1], 1)),
         chosen=tuple(chosen),
@@ -162,6 +173,15 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def human_operations(count: float) -> str:
+    """Floating-point operations with a decimal unit: "1.2 GFLOP"."""
+    for unit in ("FLOP", "kFLOP", "MFLOP"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "FLOP" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GFLOP"
 
 
 def _landmarks(modules: dict[str, int]) -> tuple[tuple[str, int], ...]:
@@ -370,7 +390,7 @@ class _Drawing:
             said = (
                 f"{shown.operators[place]}: {1e6 * seconds:.3g} µs, "
                 f"{human_bytes(shown.parameter_bytes[place])} of weights, "
-                f"{shown.flops[place] / 1e6:.1f} MFLOP"
+                f"{human_operations(shown.flops[place])}"
             )
             self.parts.append(
                 f'<rect class="bar" x="{self._x(place)}" y="{top + height - tall:.2f}" '

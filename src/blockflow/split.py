@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -19,11 +19,11 @@ from typing import Any, assert_never
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from blockflow.archive import read_archive
+from blockflow.archive import first_line, read_archive
 from blockflow.artifact import PROGRAM_FILE, Digest, Manifest, Origin, Port, Store
 from blockflow.cuts import (
     BANDWIDTH,
@@ -44,7 +44,15 @@ from blockflow.models import ModuleSource, ProgramFile, ScriptFile, SourceModel
 from blockflow.program import flatten_outputs, read_script
 from blockflow.topology import Topology
 from blockflow.topology import parse as parse_topology
-from blockflow.torchscript import Interface, Stage, interface_of, joined, stages, weight_bytes
+from blockflow.torchscript import (
+    Interface,
+    Stage,
+    interface_of,
+    joined,
+    read_file,
+    stages,
+    weight_bytes,
+)
 from blockflow.weights import write_program
 from blockflow.wiring import by_rule
 
@@ -54,10 +62,13 @@ __all__ = [
     "Cost",
     "CutPoint",
     "Everywhere",
+    "Piece",
     "Progress",
     "SplitResult",
     "StoredBlock",
     "Where",
+    "build",
+    "chain_of",
     "cut_points",
     "example",
     "export",
@@ -188,7 +199,7 @@ def split(
             places = [cut.place for cut in analysis.cuts(tensors)]
         case _:
             assert_never(blocks)
-    return _build(analysis, places, name, model, progress)
+    return build(analysis, chain_of(analysis, places), name, model=model, progress=progress)
 
 
 def split_at(
@@ -210,7 +221,7 @@ def split_at(
             and analysis.ports(cut.place) == cut.tensors
         ):
             raise ModelRefused(f"{name} has no cut point behind {cut.after!r}")
-    return _build(analysis, places, name, model, progress)
+    return build(analysis, chain_of(analysis, places), name, model=model, progress=progress)
 
 
 def shared_prefix(programs: Sequence[ExportedProgram]) -> tuple[CutPoint, ...] | None:
@@ -285,101 +296,146 @@ def _before(analysis: Analysis, modules: Sequence[str], name: str) -> list[int]:
 # -------------------------------------------------------------------------------------- building
 
 
-def _build(
+@dataclass(frozen=True)
+class Piece:
+    """A stretch `body[first:last]` of a program that becomes a block.
+
+    `takes` are inputs of the model and what the piece before gives; `gives` are results of its own
+    and what it passes on. Their ports are in the same order.
+    """
+
+    first: int
+    last: int
+    takes: tuple[fx.Node, ...]
+    inputs: tuple[Port, ...]
+    gives: tuple[fx.Node, ...]
+    outputs: tuple[Port, ...]
+
+
+def chain_of(analysis: Analysis, places: Sequence[int]) -> list[Piece]:
+    """The pieces between places: each takes all that the one before gives."""
+    nodes = [tuple(analysis.inputs), *map(analysis.live, places), tuple(analysis.outputs)]
+    ports = [analysis.input_ports, *map(analysis.ports, places), output_ports(analysis.program)]
+    edges = [0, *places, len(analysis.body)]
+    return [
+        Piece(edges[i], edges[i + 1], nodes[i], tuple(ports[i]), nodes[i + 1], tuple(ports[i + 1]))
+        for i in range(len(edges) - 1)
+    ]
+
+
+def build(
     analysis: Analysis,
-    places: Sequence[int],
+    pieces: Sequence[Piece],
     name: str,
-    model: Callable[..., Any] | None,
-    progress: Progress | None,
+    *,
+    model: Callable[..., Any] | None = None,
+    progress: Progress | None = None,
 ) -> list[BlockSource]:
+    """Make each piece a program of its own, and prove that together they are the model.
+
+    They are compared with `model`, or else with the program. Raises ModelRefused.
+    """
     say = progress or (lambda _: None)
     program = analysis.program
-    count = len(places) + 1
-    model_outputs = output_ports(program)
-    for port in model_outputs:
+    count = len(pieces)
+    for port in output_ports(program):
         if analysis.batch is not None and not has_rows(port):
             raise ModelRefused(
                 f"the output {port.name!r} has no batch dimension though the inputs have one: "
                 "rows of different requests could not be told apart"
             )
-    nodes = [analysis.inputs, *map(analysis.live, places), analysis.outputs]
-    ports = [analysis.input_ports, *map(analysis.ports, places), model_outputs]
     blocks: list[BlockSource] = []
-    for index, (first, last) in enumerate(pairwise([0, *places, len(analysis.body)])):
+    for index, piece in enumerate(pieces):
         say(f"{name}: building block {index + 1} of {count}")
-        inputs, outputs = ports[index], ports[index + 1]
         # Traced again, the piece becomes a program that knows nothing of the rest.
-        piece = copy_graph(
+        copied = copy_graph(
             program,
-            body=analysis.needed(first, last),
-            inputs=dict(zip(nodes[index], (port.name for port in inputs), strict=True)),
-            outputs=nodes[index + 1],
+            body=analysis.needed(piece.first, piece.last),
+            inputs=dict(zip(piece.takes, (port.name for port in piece.inputs), strict=True)),
+            outputs=piece.gives,
             weights=analysis.weights,
         )
-        exported = export(piece, inputs)
+        exported = export(copied, piece.inputs)
         weights = weight_nodes(exported).values()
-        cost = sum(analysis.costs[first:last], Cost())
+        cost = sum(analysis.costs[piece.first : piece.last], Cost())
         blocks.append(
             BlockSource(
                 program=exported,
                 digest=digest_of(exported),
-                inputs=inputs,
-                outputs=outputs,
+                inputs=piece.inputs,
+                outputs=piece.outputs,
                 cost=replace(cost, parameter_bytes=sum(w.nbytes for _, w in weights)),
-                mutates_inputs=index == 0 and analysis.mutated_inputs(last),
+                mutates_inputs=analysis.writes(
+                    piece.first, piece.last, (n for n in piece.takes if n in analysis.inputs)
+                ),
                 origin=Origin(
                     model=name,
                     index=index,
                     count=count,
-                    first=analysis.body[first].name,
-                    last=analysis.body[last - 1].name,
+                    first=analysis.body[piece.first].name,
+                    last=analysis.body[piece.last - 1].name,
                 ),
             )
         )
     say(f"{name}: comparing {count} blocks with the model")
     _prove(
         name,
-        [plain_module(block.program) for block in blocks],
-        [block.mutates_inputs for block in blocks],
-        analysis.input_ports,
+        [
+            _Step(plain_module(block.program), block.mutates_inputs, piece.takes, piece.gives)
+            for block, piece in zip(blocks, pieces, strict=True)
+        ],
+        dict(zip(analysis.inputs, analysis.input_ports, strict=True)),
+        analysis.outputs,
         model or plain_module(program),
     )
     return blocks
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A block in a proof: it takes values by their keys, and gives values under keys."""
+
+    call: Callable[..., Sequence[Tensor]]
+    mutates: bool
+    takes: Sequence[Hashable]
+    gives: Sequence[Hashable]
+
+
 def _prove(
     name: str,
-    chain: Sequence[Callable[..., Sequence[Tensor]]],
-    mutates: Sequence[bool],
-    ports: Sequence[Port],
+    steps: Sequence[_Step],
+    ports: Mapping[Hashable, Port],
+    outputs: Sequence[Hashable],
     model: Callable[..., Any],
 ) -> None:
-    """Compare the chain of blocks with the model on CPU, bit for bit, at sizes export never saw.
+    """Compare the blocks with the model on CPU, bit for bit, at sizes export never saw.
 
-    What a block gives is handed to the next by position. Also changes one row and looks at the
-    others: batching puts rows of strangers side by side.
+    `ports` are the model's inputs by their keys, `outputs` the keys of its results. Also changes
+    one row and looks at the others: batching puts rows of strangers side by side.
     """
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
-        values = [tensor.clone() for tensor in inputs]
+        values = dict(zip(ports, (tensor.clone() for tensor in inputs), strict=True))
         with torch.no_grad():
-            for index, module in enumerate(chain):
-                before = [value._version for value in values]
-                given = values
-                values = list(module(*given))
-                written = [v._version for v in given] != before
-                if written and not mutates[index]:
+            for index, step in enumerate(steps):
+                given = [values[key] for key in step.takes]
+                if step.mutates:  # as whoever serves it does
+                    given = [value.clone() for value in given]
+                before = [value._version for value in given]
+                found = list(step.call(*given))
+                if [v._version for v in given] != before and not step.mutates:
                     raise ModelRefused(
                         f"{name}: block {index + 1} writes to its input, which no operator of it "
                         "declares; remove in-place operations from the model"
                     )
-        return values
+                values.update(zip(step.gives, found, strict=True))
+        return [values[key] for key in outputs]
 
-    batched = any(has_rows(port) for port in ports)
+    batched = any(map(has_rows, ports.values()))
     for rows in (1, 3) if batched else (1,):
-        inputs = [example(port, rows, seed) for seed, port in enumerate(ports)]
+        inputs = [example(port, rows, seed) for seed, port in enumerate(ports.values())]
+        expected = run_model(name, model, inputs)
         found = run(inputs)
-        expected = _run_model(model, inputs)
         if len(found) != len(expected) or not all(map(same_bits, found, expected)):
             raise ModelRefused(
                 f"{name}: the blocks do not give the model's results at {rows} rows; the model "
@@ -388,7 +444,7 @@ def _prove(
     if batched:
         changed = [
             torch.cat([example(port, 1, seed + 100), tensor[1:]]) if has_rows(port) else tensor
-            for seed, (port, tensor) in enumerate(zip(ports, inputs, strict=True))
+            for seed, (port, tensor) in enumerate(zip(ports.values(), inputs, strict=True))
         ]
         if not all(same_bits(a[1:], b[1:]) for a, b in zip(run(changed), found, strict=True)):
             raise ModelRefused(
@@ -397,10 +453,16 @@ def _prove(
             )
 
 
-def _run_model(model: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+def run_model(name: str, model: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors that a model gives for copies of `inputs`. Raises ModelRefused naming `name`."""
     served = as_served(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
     with served, torch.no_grad():
-        value = model(*[tensor.clone() for tensor in inputs])
+        try:
+            value = model(*[tensor.clone() for tensor in inputs])
+        except Exception as error:  # somebody else's code, on inputs that somebody described
+            raise ModelRefused(
+                f"{name} does not run on the inputs that it is said to take: {first_line(error)}"
+            ) from error
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -529,7 +591,7 @@ def _store_script(
     source: ScriptFile, blocks: Where, store: Store, progress: Progress | None
 ) -> SplitResult:
     say = progress or (lambda _: None)
-    script = read_script(source.path)
+    script = read_file(source.path)
     if blocks == 1:
         whole = interface_of(script, source.inputs, str(source.path))
         parts = [(whole, Cost(parameter_bytes=weight_bytes(script)), "forward", "forward")]
@@ -552,11 +614,18 @@ def _store_script(
         contents = [joined(group) for group in groups]
     say(f"{source.name}: comparing {len(parts)} blocks with the model")
     chain = [read_script(each if isinstance(each, Path) else io.BytesIO(each)) for each in contents]
+    taken = [f"input {index}" for index in range(len(source.inputs))]
+    handed = [[f"{i} {port.name}" for port in part[0].outputs] for i, part in enumerate(parts)]
     _prove(
         source.name,
-        [_flat(script, part[0]) for script, part in zip(chain, parts, strict=True)],
-        [part[0].mutates_inputs for part in parts],
-        source.inputs,
+        [
+            _Step(_flat(script, part[0]), part[0].mutates_inputs, takes, gives)
+            for script, part, takes, gives in zip(
+                chain, parts, [taken, *handed[:-1]], handed, strict=True
+            )
+        ],
+        dict(zip(taken, source.inputs, strict=True)),
+        handed[-1],
         script,
     )
     stored = []
@@ -597,7 +666,7 @@ def _store_script(
 
 def script_stages(source: ScriptFile) -> list[Stage]:
     """What a TorchScript file is a sequence of. Raises ModelRefused where it is none."""
-    return stages(read_script(source.path), source.inputs, source.path)
+    return stages(read_file(source.path), source.inputs, source.path)
 
 
 def script_places(source: ScriptFile, every: Sequence[Stage], blocks: Where) -> list[int]:

@@ -6,6 +6,7 @@ power, comes back with the last generation that was applied.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sqlite3
@@ -19,11 +20,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from blockflow.edit import Verb
-from blockflow.errors import NotFound, StartFailed
+from blockflow.errors import InvalidInput, NotFound, StartFailed
 from blockflow.status import GenerationRecord, Outcome
 from blockflow.topology import Generation, Topology
 
-_FILE = "state.db"
+STATE_FILE = "state.db"
 _LOCK = "state.lock"
 _VERSION = 1
 _REMEMBERED = 500
@@ -83,6 +84,11 @@ class State:
         except OSError as error:
             raise StartFailed(f"cannot make the directory {directory}: {error}") from error
         return directory
+
+    @property
+    def file(self) -> Path:
+        """Where the generations are; see `topologies_in`."""
+        return self._directory / STATE_FILE
 
     def close(self) -> None:
         with self._guard:
@@ -175,7 +181,7 @@ class State:
             raise self._damaged(str(error)) from error
 
     def _open(self) -> sqlite3.Connection:
-        path = self._directory / _FILE
+        path = self._directory / STATE_FILE
         # Made here, because SQLite's own files would get the umask's mode.
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -219,9 +225,23 @@ class State:
 
     def _damaged(self, why: str) -> StartFailed:
         return StartFailed(
-            f"the state in {self._directory / _FILE} cannot be used: {why}; make room on its disk, "
-            "or move the file away to start without a history"
+            f"the state in {self._directory / STATE_FILE} cannot be used: {why}; make room on "
+            "its disk, or move the file away to start without a history"
         )
+
+
+def topologies_in(file: Path) -> list[Topology]:
+    """All that a server remembers, read from its file, whether the server runs or not.
+
+    Raises InvalidInput where it cannot be read.
+    """
+    try:
+        uri = f"{file.resolve().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
+            rows = database.execute("SELECT topology FROM generations").fetchall()
+        return [Topology.model_validate_json(text) for (text,) in rows]
+    except (sqlite3.Error, ValidationError) as error:
+        raise InvalidInput(f"the history in {file} cannot be read: {error}") from error
 
 
 def _make_private(directory: Path) -> None:

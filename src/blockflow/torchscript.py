@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import warnings
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from blockflow.cuts import HIDDEN, Cost, port_bytes
 from blockflow.errors import ModelRefused
 from blockflow.export import example, has_rows
 from blockflow.graph import output_names
-from blockflow.program import flatten_outputs
+from blockflow.program import flatten_outputs, read_script
 
 _ROWS = 2
 
@@ -52,6 +54,23 @@ class Stage:
     def row_bytes(self) -> int:
         """How many bytes of one row it gives."""
         return port_bytes(self.interface.outputs[0])
+
+
+def read_file(path: Path) -> torch.jit.ScriptModule:
+    """Read a TorchScript file that comes from somewhere. Raises ModelRefused.
+
+    torch's reader does not look at the checksums that its writer puts beside every member: a model
+    with a damaged weight would be read, and served.
+    """
+    script = read_script(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ModelRefused(f"{path} is damaged ({error}): write it again") from None
+    if damaged is not None:
+        raise ModelRefused(f"{path} is damaged: {damaged} is not what was written; write it again")
+    return script
 
 
 def interface_of(script: torch.jit.ScriptModule, inputs: tuple[Port, ...], what: str) -> Interface:

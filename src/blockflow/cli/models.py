@@ -79,17 +79,23 @@ def split(
     """Cut MODEL into blocks and write a topology that serves them.
 
     With --share, several models: what they compute alike, with the same weights, becomes blocks
-    that are stored and deployed once, and each model is a pipeline.
+    that are stored and deployed once, and each model is a pipeline. The rest, and what is shared,
+    is cut further as the other options say.
     """
     # What would make the result unusable is found before the work, which takes minutes.
     if len(models) > 1 and not share:
         raise InvalidInput(f"{len(models)} models are split together with --share only")
-    if share and (name is not None or at is not None or every or measure is not None):
-        raise InvalidInput("--share goes with --blocks alone; pipelines are named after the models")
+    if share and (name is not None or measure is not None):
+        refused = "--name" if name is not None else "--measure"
+        raise InvalidInput(
+            f"{refused} does not go with --share: pipelines are named after the models, and blocks "
+            "that models share are balanced by modelled costs"
+        )
     if measure is not None and blocks is None:
         raise InvalidInput("--measure goes with --blocks: nothing else asks what a block costs")
     modules = None if at is None else _module_names(at)
-    if not share and sum((blocks is not None, at is not None, every)) != 1:
+    ways = sum((blocks is not None, at is not None, every))
+    if ways > 1 or not (ways or share):
         raise InvalidInput("say how to split: --blocks N, --at MODULE,MODULE, or --every")
     _check_names(name or "model", device)
     _check_measure(measure)
@@ -105,12 +111,14 @@ def split(
             with _progress(f"{models[0]}: loading torch") as say:
                 from blockflow.models import parse_input, resolve
                 from blockflow.share import family_topology, split_shared
+                from blockflow.split import AtModules, Everywhere
 
+                where = AtModules(modules) if modules else Everywhere() if every else blocks or 1
                 ports = [parse_input(each) for each in inputs or ()]
                 family = split_shared(
                     (resolve(model, ports, seed=seed) for model in models),
                     place,
-                    blocks=blocks or 1,
+                    blocks=where,
                     progress=say,
                 )
             topology = family_topology(family, device=device)
@@ -119,14 +127,16 @@ def split(
                 from blockflow.models import parse_input, resolve
                 from blockflow.split import AtModules, Everywhere, split_model, topology_for
 
-                where = blocks or (AtModules(modules) if modules else Everywhere())
+                where = AtModules(modules) if modules else Everywhere() if every else blocks or 1
                 ports = [parse_input(each) for each in inputs or ()]
                 source = resolve(models[0], ports, seed=seed)
                 result = split_model(source, where, place, device=measure, progress=say)
             topology = topology_for(result, name or result.model, device=device)
         relative = os.path.relpath(store.resolve(), output.parent.resolve())
         text = dump(topology.model_copy(update={"store": relative}))
-        _replace(output, text)
+        used = {block.artifact for block in topology.blocks.values()}
+        with place.using(used, output):
+            _replace(output, text)
     if share:
         _print_family(family, output)
     else:
@@ -248,11 +258,13 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _print_profile(shown: Profile) -> None:
-    """A line for each cut point, with what lies before it; those that are made are marked."""
+    """A line for each cut point, with all that lies before it; those that are made are marked."""
     console = Console()
     totals = {label: values for label, _, values in shown.cumulative()}
     weights = list(accumulate(shown.parameter_bytes, initial=0))
     flops = list(accumulate(shown.flops, initial=0))
+    written = list(accumulate(shown.activation_bytes, initial=0))
+    seconds = list(accumulate(shown.seconds, initial=0.0))
     crossing = {cut.place: cut for cut in shown.cuts}
     block = 1
     rows = []
@@ -265,13 +277,19 @@ def _print_profile(shown: Profile) -> None:
                 shown.operators[place - 1] if cut else "the end",
                 size(weights[place]),
                 operations(flops[place]),
+                size(written[place]),
+                *([f"{1e3 * seconds[place]:.3f}"] if shown.measured else []),
                 f"{totals['time'][place]:.1f}",
                 size(cut.row_bytes) if cut else "",
                 str(cut.tensors) if cut else "",
             )
         )
         block += made
-    columns = ("~behind", ">weights", ">work/row", ">time %", ">crosses", ">tensors")
+    columns = (
+        *("~behind", ">weights", ">work/row", ">written/row"),
+        *([">ms"] if shown.measured else []),
+        *(">time %", ">crosses", ">tensors"),
+    )
     typer.echo(f"{shown.name}: {shown.summary()}")
     if shown.chosen:
         print_table(console, ("cut", *columns), rows)
@@ -283,6 +301,7 @@ def _print_profile(shown: Profile) -> None:
                 f"block {index}: {share:.1%} of the {shown.time_label}, "
                 f"{size(weights[end] - weights[first])}, "
                 f"{operations(flops[end] - flops[first])} per row"
+                + (f", {1e3 * (seconds[end] - seconds[first]):.3f} ms" if shown.measured else "")
             )
 
 

@@ -14,7 +14,8 @@ from blockflow.artifact import Store
 from blockflow.cli.command import CONTROL, app, read_topology, verb
 from blockflow.cli.server import CaFile, Server, TokenFile, connect
 from blockflow.cli.text import operations, print_table, short_digest, size
-from blockflow.errors import InvalidInput, StoreCorrupt
+from blockflow.errors import BlockFlowError, InvalidInput, StoreCorrupt
+from blockflow.state import STATE_FILE, topologies_in
 from blockflow.topology import Topology, parse
 from blockflow.upload import pack
 
@@ -143,26 +144,30 @@ def collect_garbage(
     token_file: TokenFile = None,
     ca_file: CaFile = None,
     everything: Annotated[
-        bool, typer.Option("--all", help="Remove all artifacts that nothing else keeps.")
+        bool, typer.Option("--all", help="Name nothing: keep what is known to be in use, alone.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     store: StoreOption = Path("store"),
 ) -> None:
-    """Remove the artifacts and weights that no topology named here uses.
+    """Remove the artifacts and weights that nothing uses.
 
-    Of a server, what it serves and what its history remembers stays: it can be rolled back to.
+    The topology files that `split` wrote for this store, and the history of every server that
+    served from it, running or not, are known and need not be named, for as long as they are where
+    they were. Of a server, what it serves and what it can be rolled back to stays.
 
     Waits for writers at work; a `split` that has not written its topology yet loses nothing.
     """
     if not (keep or server or everything):
         raise InvalidInput(
             "say what must stay: --keep TOPOLOGY for every topology file that uses this store, "
-            "--server URL for a running server; or --all to remove everything"
+            "--server URL for a running server; or --all to remove everything that the files which "
+            "the store knows of do not use"
         )
     place = Store(store)
 
     def used() -> Iterator[str]:
         yield from _users(_topologies(keep or (), server, token_file, ca_file, history=True))
+        yield from _users(_known_topologies(place))
 
     before = {digest: _origin(place, digest) for digest in place.digests()}
     garbage = place.collect(used(), dry_run=dry_run)
@@ -270,6 +275,26 @@ def _topologies(
                     for each in client.history(limit=_HISTORY)
                 ]
     return found
+
+
+def _known_topologies(store: Store) -> Iterator[tuple[str, Topology]]:
+    """What the files use that the store knows of; see Note [Who uses the store] in `artifact`.
+
+    Raises InvalidInput where one cannot be read.
+    """
+    for path in store.users():
+        if not path.exists():
+            continue
+        try:
+            if path.name == STATE_FILE:
+                yield from ((str(path), topology) for topology in topologies_in(path))
+            else:
+                yield str(path), read_topology(path)
+        except (BlockFlowError, OSError) as error:
+            raise InvalidInput(
+                f"nothing was removed: {path} uses this store, and what it uses cannot be known "
+                f"({error}); mend it, or move it away"
+            ) from error
 
 
 def _users(topologies: Iterable[tuple[str, Topology]]) -> dict[str, list[str]]:
