@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from blockflow.artifact import Port, Store
-from blockflow.export import as_served, example
 from blockflow.errors import ModelRefused
+from blockflow.export import as_served, example
 from blockflow.models import ModuleSource, built_in, resolve
 from blockflow.program import load
 from blockflow.split import (
