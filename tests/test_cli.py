@@ -862,11 +862,16 @@ def test_inspect_shows_cut_points_and_draws_them(family: Path) -> None:
     assert max(map(len, result.output.splitlines()[1:])) <= 80
     assert "✂" not in result.output
     lines = run("inspect", model, "-n", 2, "--plot", "net.html").output.splitlines()
-    assert sum("✂ block 1" in line for line in lines) == 1
+    assert sum("✂ 1" in line for line in lines) == 1
     assert lines[-3].startswith("block 1: ")
     assert lines[-2].startswith("block 2: ")
     assert lines[-1] == "the picture is in net.html"
     assert "<svg" in (family / "net.html").read_text()
+    measured = run("inspect", model, "--measure", "cpu").output.splitlines()
+    assert " ms for 8 rows on cpu" in measured[0]
+    header = ["behind", "weights", "work/row", "written", "ms", "crosses", "tensors"]
+    assert measured[2].split() == header
+    assert max(map(len, measured[1:])) <= 80
 
 
 def test_inspect_shows_what_a_script_is_a_sequence_of(tmp_path: Path) -> None:
@@ -879,7 +884,7 @@ def test_inspect_shows_what_a_script_is_a_sequence_of(tmp_path: Path) -> None:
     given = ("inspect", path, "-i", "x:float32[batch,4]")
     result = run(*given, "-n", 2, "--plot", tmp_path / "model.html")
     assert result.exit_code == 0, result.output
-    assert "✂ block 1  0" in result.output
+    assert "✂ 1  0" in result.output
     assert "<svg" in (tmp_path / "model.html").read_text()
     (line,) = refused(run(*given, "--measure", "cpu"))
     assert "whose costs are modelled only" in line
@@ -894,7 +899,7 @@ def test_inspect_shows_an_artifact(family: Path) -> None:
     for words in (digest, "one, block 1 of 1", "batch×4", "weights.json"):
         assert words in result.output
     again = run("inspect", digest, "-n", 2)
-    assert "✂ block 1" in again.output
+    assert "✂ 1" in again.output
 
 
 def test_inspect_refuses_before_it_works(stored: Store) -> None:

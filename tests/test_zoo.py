@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from blockflow.artifact import Port, Store
+from blockflow.errors import ModelRefused
 from blockflow.export import as_served, example
 from blockflow.models import ModuleSource, built_in, resolve
 from blockflow.program import load
@@ -296,6 +297,13 @@ def encoder():
             hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         )
     )
+def speech():
+    return transformers.Wav2Vec2Model(
+        transformers.Wav2Vec2Config(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            conv_dim=(8,), conv_stride=(5,), conv_kernel=(10,), num_feat_extract_layers=1,
+        )
+    )
 """
 
 
@@ -308,6 +316,9 @@ def test_transformers_tell_what_they_take(tmp_path: Path, monkeypatch: pytest.Mo
     assert vision.inputs == (image("pixel_values", 16),)
     assert isinstance(text, ModuleSource)
     assert text.inputs == (Port("input_ids", "int64", ("batch", 5)),)
+    # It inherits the token numbers of language models, which it does not take.
+    with pytest.raises(ModelRefused, match="does not tell what it takes"):
+        resolve("transformer_factories:speech")
     again = resolve("transformer_factories:encoder", seed=0)
     assert isinstance(again, ModuleSource)
     for one, other in zip(text.module.parameters(), again.module.parameters(), strict=True):
@@ -321,6 +332,7 @@ MEASURE = """
 import gc, json, sys
 from pathlib import Path
 from blockflow.artifact import Store
+from blockflow.errors import ModelRefused
 from blockflow.models import resolve
 from blockflow.split import split_model
 

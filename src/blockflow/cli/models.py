@@ -273,22 +273,20 @@ def _print_profile(shown: Profile) -> None:
         cut = crossing.get(place)
         rows.append(
             (
-                f"✂ block {block}" if made else "",
+                f"✂ {block}" if made else "",
                 shown.operators[place - 1] if cut else "the end",
                 size(weights[place]),
                 operations(flops[place]),
                 size(written[place]),
-                *([f"{1e3 * seconds[place]:.3f}"] if shown.measured else []),
-                f"{totals['time'][place]:.1f}",
+                f"{1e3 * seconds[place]:.3f}" if shown.measured else f"{totals['time'][place]:.1f}",
                 size(cut.row_bytes) if cut else "",
                 str(cut.tensors) if cut else "",
             )
         )
         block += made
     columns = (
-        *("~behind", ">weights", ">work/row", ">written/row"),
-        *([">ms"] if shown.measured else []),
-        *(">time %", ">crosses", ">tensors"),
+        *("~behind", ">weights", ">work/row", ">written"),
+        *(">ms" if shown.measured else ">time %", ">crosses", ">tensors"),
     )
     typer.echo(f"{shown.name}: {shown.summary()}")
     if shown.chosen:
