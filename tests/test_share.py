@@ -433,6 +433,28 @@ def test_a_model_that_ends_inside_another_gives_its_outputs_from_the_trunk(store
     ]
 
 
+def test_a_trunk_ends_before_a_model_needs_nothing_of_it(store: Store) -> None:
+    """One model computes the same as the other, and then does not use it: a block that feeds
+    nothing is refused by every server.
+    """
+
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.own = Chain(1, 2, 3), linear(9)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            self.trunk(x)
+            result = self.own(x)
+            return result, result
+
+    family = share(store, Headed(7), Idle())
+    assert chains(family) == [("trunk", "a-2of2"), ("trunk", "b-2of2")]
+    assert sorted(family.models[1].feeds[1].values()) == ["input.x", "trunk.hidden"]
+    # Its outputs are one tensor.
+    assert list(family.models[1].gives.values()) == ["b-2of2.output_0", "b-2of2.output_1"]
+
+
 class Repeats(nn.Module):
     """One layer again and again, as ALBERT's: its blocks are one artifact."""
 

@@ -302,6 +302,8 @@ def _model(made: _Made, blocks: tuple[str, ...]) -> SharedModel:
         given = {n: f"{name}.{port.name}" for n, port in zip(piece.gives, gives, strict=True)}
     outputs = [port.name for port in output_ports(analysis.program)]
     ending = [given[node] for node in analysis.outputs]
+    if made.pieces[-1].gives == tuple(analysis.outputs):  # of which two may be one tensor
+        ending = [f"{blocks[-1]}.{port.name}" for port in before]
     chain &= ending == [f"{blocks[-1]}.{port.name}" for port in before]
     return SharedModel(
         made.member.name,
@@ -463,8 +465,8 @@ class _Member:
     def computed(self, place: int) -> set[int] | None:
         """Places of what was computed before `place` and is needed behind it.
 
-        None where the rest cannot come straight from the client: what a pipeline joins must have
-        rows, and an input that a block has written to is another one.
+        None where that is nothing, or where the rest cannot come straight from the client: what a
+        pipeline joins must have rows, and an input that a block has written to is another one.
         """
         analysis = self.analysis
         if analysis.batch is None or not all(map(has_rows, analysis.input_ports)):
@@ -472,6 +474,8 @@ class _Member:
         nodes = self.crossing(place)
         clients = [node for node in nodes if node in analysis.inputs]
         found = {analysis.place(node) for node in nodes if node not in analysis.inputs}
+        if not found:
+            return None
         if clients and analysis.writes(0, len(analysis.body), clients):
             return None
         if place == len(analysis.body) and (
