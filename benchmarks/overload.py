@@ -128,6 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
+    if options.seconds <= _LEFT_OUT:
+        parser.error(f"--seconds must be more than the {_LEFT_OUT:g} that are left out")
     results = {name: measure(name, options.seconds) for name in options.model or MODELS}
     print("\n".join(table(results)))
     write(options.output, {**conditions("cpu"), "seconds": options.seconds, "models": results})
