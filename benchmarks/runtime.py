@@ -49,8 +49,11 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-# As the supervisor has it in workers: the whole network, too, is to spare the cores of others.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from blockflow import cores
+
+# As the supervisor has it in workers, and before torch is loaded: the whole network, too, is to
+# spare the cores of others.
+os.environ.update(cores.waiting())
 
 import measured
 import torch
@@ -369,7 +372,7 @@ def _report(options: argparse.Namespace, found: Measured, interrupted: str | Non
         return
     where = measured.conditions(options.device)
     where["threads"] = torch.get_num_threads()
-    names = "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "CUDA_MPS_PIPE_DIRECTORY"
+    names = "OMP_NUM_THREADS", *cores.waiting(), "CUDA_MPS_PIPE_DIRECTORY"
     where["environment"] = {name: os.environ.get(name) for name in names}
     _print(where, options, results)
     measured.write(

@@ -24,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from blockflow import cores
 from blockflow.artifact import Store
 from blockflow.devices import Device, list_devices
 from blockflow.models import ModuleSource, parse_input, resolve
@@ -39,11 +40,11 @@ _SPIN = "GOMP_SPINCOUNT"
 def arguments(description: str | None, *, model: str) -> argparse.ArgumentParser:
     """The options that every experiment has. Starts the process anew where it must."""
     if _SPIN not in os.environ:
-        # As BlockFlow's supervisor sets it for its workers, so that all variants spin alike on a
-        # CPU. It is read when torch is loaded, which it is by now.
+        # As BlockFlow's supervisor sets them for its workers, so that all variants spin alike on a
+        # CPU. They are read when torch is loaded, which it is by now.
         environment = {
             **os.environ,
-            _SPIN: "10000",
+            **cores.waiting(),
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             # To look for a GPU must not begin to use it: MPS can only be joined before.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",

@@ -17,7 +17,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from blockflow import protocol
+from blockflow import cores, protocol
 from blockflow.child import remove_cuda_leftovers
 from blockflow.errors import NotInTime, StartFailed
 from blockflow.protocol import Incarnation
@@ -243,10 +243,7 @@ class Supervisor:
             **os.environ,
             # `cuda:N` means the same device here, in NVML and in the child.
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            # Threads of a parallel region spin this often for the next one (some ten µs) and then
-            # sleep: with the default, of workers that take turns on the same cores, those that wait
-            # keep the cores busy; not spinning at all costs a wake-up for every operation.
-            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+            **cores.waiting(),
             **extra_environment,
         }
         # Appended to, so that what follows a truncation begins at the file's start.
