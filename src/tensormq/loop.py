@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -54,6 +55,9 @@ class Loop:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._poller = zmq.Poller()
         self._callbacks: dict[object, Callback] = {}
+        # Descriptors hardly ever have anything to say, and there is one for each peer's process:
+        # the poller, which asks each of its sources every time, asks one for all of them.
+        self._descriptors = select.epoll()
         self._rings: list[tuple[Reader, Callback]] = []
         self._calls: deque[Callback] = deque()
         self._spin = default_spin() if spin is None else spin
@@ -65,15 +69,26 @@ class Loop:
         self.bell = wire.Bell(self._bell, os.fstat(self._bell).st_ino)
         self._closed = False
         self._closing = threading.Lock()
-        self.watch(self._wake, self._woken)
+        self._callbacks[self._wake] = self._woken
+        self._callbacks[self._descriptors.fileno()] = self._heard
+        for own in self._callbacks:
+            self._poller.register(own, zmq.POLLIN)
 
     def watch(self, source: zmq.Socket[bytes] | int, callback: Callback) -> None:
         """Call `callback` whenever `source` (a socket or a file descriptor) is readable."""
-        self._poller.register(source, zmq.POLLIN)
+        if isinstance(source, int):
+            self._descriptors.register(source, select.EPOLLIN)
+        else:
+            self._poller.register(source, zmq.POLLIN)
         self._callbacks[source] = callback
 
     def unwatch(self, source: zmq.Socket[bytes] | int) -> None:
-        if self._callbacks.pop(source, None) is not None:
+        """Does nothing for what is not watched; a descriptor must still be open."""
+        if self._callbacks.pop(source, None) is None:
+            return
+        if isinstance(source, int):
+            self._descriptors.unregister(source)
+        else:
             self._poller.unregister(source)
 
     def watch_ring(self, ring: Reader, callback: Callback) -> None:
@@ -97,11 +112,12 @@ class Loop:
     def run_once(self, timeout: float | None = None) -> None:
         """Handle what is there, or what comes first within `timeout` seconds (None: for ever)."""
         end = None if timeout is None else time.monotonic() + timeout
-        if self._look():
-            return
-        # Not by whoever only wants to know what is there.
-        if self._spin and timeout != 0 and self._watch_closely(end):
-            return
+        if self._spin:
+            if self._look():
+                return
+            # Not by whoever only wants to know what is there.
+            if timeout != 0 and self._watch_closely(end):
+                return
         while not self._park(end) and (end is None or time.monotonic() < end):
             pass
 
@@ -160,10 +176,10 @@ class Loop:
             ring.park()
         self._fence.acquire()
         self._fence.release()
-        if any(ring.ready for ring, _ in self._rings):
-            wait = 0.0
+        found = False
         try:
-            found = self._poll(_BACKSTOP if wait is None else min(wait, _BACKSTOP))
+            if not any(ring.ready for ring, _ in self._rings):
+                found = self._poll(_BACKSTOP if wait is None else min(wait, _BACKSTOP))
         finally:
             for ring, _ in self._rings:  # others, perhaps: callbacks open and close channels
                 ring.unpark()
@@ -173,19 +189,27 @@ class Loop:
         """Handle what sockets and descriptors have within `wait` seconds (None: for ever)."""
         self._glances = 0
         events = self._poller.poll(None if wait is None else int(wait * 1000 + 0.999))
-        for source, _ in events:
-            callback = self._callbacks.get(source)
-            if callback is not None:  # an earlier callback of this round may have unwatched it
-                callback()
+        self._call(source for source, _ in events)
         if events:
             self._stirred = time.monotonic()
         return bool(events)
+
+    def _call(self, sources: Iterable[object]) -> None:
+        for source in sources:
+            callback = self._callbacks.get(source)
+            if callback is not None:  # an earlier callback of this round may have unwatched it
+                callback()
+
+    def _heard(self) -> None:
+        """Descriptors that are watched have something to say."""
+        self._call([descriptor for descriptor, _ in self._descriptors.poll(0)])
 
     def close(self) -> None:
         with self._closing:
             if not self._closed:
                 self._closed = True
-                self.unwatch(self._wake)
+                self._poller = zmq.Poller()
+                self._descriptors.close()
                 os.close(self._wake)
                 os.close(self._bell)
 
