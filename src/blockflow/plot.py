@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockflow.errors import InvalidInput
+from blockflow.quantities import scaled
 
 if TYPE_CHECKING:
     from blockflow.cuts import Analysis
@@ -168,20 +169,12 @@ def draw(shown: Profile, path: Path) -> None:
 
 def human_bytes(count: float) -> str:
     """`count` bytes with a decimal unit: "1.2 MB"."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
+    return scaled(count, ("B", "kB", "MB", "GB"))
 
 
 def human_operations(count: float) -> str:
     """Floating-point operations with a decimal unit: "1.2 GFLOP"."""
-    for unit in ("FLOP", "kFLOP", "MFLOP"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "FLOP" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GFLOP"
+    return scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP"))
 
 
 def _landmarks(modules: dict[str, int]) -> tuple[tuple[str, int], ...]:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from blockflow.quantities import scaled
+
 
 def print_table(console: Console, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
     """Print a table, unless it has no rows.
@@ -40,19 +42,9 @@ def yes(value: bool) -> str:
 
 def size(count: int | None) -> str:
     """Bytes with a decimal unit: "1.2 MB"."""
-    return "-" if count is None else _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+    return "-" if count is None else scaled(count, ("B", "kB", "MB", "GB", "TB"))
 
 
 def operations(count: int) -> str:
     """Floating-point operations: "1.2 GFLOP". 0 is what cannot be counted."""
-    return _scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")) if count else "-"
-
-
-def _scaled(count: float, units: tuple[str, ...]) -> str:
-    if count < 1000:
-        return f"{count:.0f} {units[0]}"
-    for unit in units[1:-1]:
-        count /= 1000
-        if count < 999.95:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} {units[-1]}"
+    return scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")) if count else "-"
