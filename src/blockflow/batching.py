@@ -2,17 +2,18 @@
 
 Requests are taken in the order of their arrival, whichever pipeline they belong to. A block that
 has been idle starts at once with what is there; one that is busy may wait up to `max_delay` for
-more, because its next batch would only be smaller for starting sooner.
+more, because its next batch would only be smaller for starting sooner. A GPU computes what it was
+given long before; while that is enough, requests wait here, where they can still be put together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     """A request in a block's queue; times in seconds of one clock, a deadline of 0 is none."""
 
     rows: int
@@ -36,7 +37,8 @@ class Limits:
 class Decision:
     """Drop the requests at `expired`, compute those at `batch` together (indices of the queue).
 
-    With an empty `batch`, ask again when something arrives, at the latest at `wake`.
+    With an empty `batch`, ask again when something arrives or the device has done something, at
+    the latest at `wake`.
     """
 
     expired: tuple[int, ...]
@@ -44,8 +46,18 @@ class Decision:
     wake: float | None = None
 
 
-def decide(queue: Sequence[Waiting], limits: Limits, now: float, busy_until: float) -> Decision:
-    """What to do with `queue`; `busy_until` is when the block last ended a computation."""
+def decide(
+    queue: Sequence[Waiting],
+    limits: Limits,
+    now: float,
+    busy_until: float,
+    *,
+    occupied: bool = False,
+) -> Decision:
+    """What to do with `queue`; `busy_until` is when the block last ended a computation.
+
+    occupied: the device has enough to do, so that only a batch that cannot grow begins now.
+    """
     expired = tuple(i for i, item in enumerate(queue) if 0 < item.deadline < now)
     gone = set(expired)
     batch: list[int] = []
@@ -62,6 +74,8 @@ def decide(queue: Sequence[Waiting], limits: Limits, now: float, busy_until: flo
     if not batch:
         return Decision(expired, ())
     full = full or limits.alone or rows >= limits.max_rows
+    if occupied and not full:
+        return Decision(expired, ())
     start = min(_latest_start(queue[index], limits.max_delay) for index in batch)
     idle = now - busy_until > limits.max_delay
     if full or idle or now >= start:

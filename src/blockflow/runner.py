@@ -49,12 +49,12 @@ class Loan:
     They lie where the next run writes. Whoever reads them holds the loan meanwhile and
     leaves an event behind. The lender, before it writes again, has its stream wait for that event;
     if not everything was read yet, it first moves the tensors to memory of their own. So a reader
-    that keeps up costs no copy, and one that lags does not stop the lender.
+    that keeps up costs no copy, and one that lags does not stop the lender. Lender and readers
+    share a thread.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], stream: torch.cuda.Stream) -> None:
         self.tensors = dict(tensors)
-        self._lock = threading.Lock()
         self._written = stream.record_event()
         self._read: torch.cuda.Event | None = None
         self._moved = False
@@ -63,39 +63,37 @@ class Loan:
     @contextlib.contextmanager
     def reading(self, stream: torch.cuda.Stream) -> Iterator[None]:
         """What `stream` is given inside reads the tensors, which do not change meanwhile."""
-        with self._lock:
-            self._written.wait(stream)
-            if self._moved:
-                for tensor in self.tensors.values():
-                    # Its own stream's allocator may not reuse it while this stream reads it.
-                    tensor.record_stream(stream)
-            try:
-                yield
-            finally:
-                self._read = stream.record_event()
+        self._written.wait(stream)
+        if self._moved:
+            for tensor in self.tensors.values():
+                # Its own stream's allocator may not reuse it while this stream reads it.
+                tensor.record_stream(stream)
+        try:
+            yield
+        finally:
+            self._read = stream.record_event()
 
     def end(self) -> None:
         """Nobody will read any more."""
-        with self._lock:
-            self._over = True
-            self.tensors.clear()
+        self._over = True
+        self.tensors.clear()
 
     def recall(self, stream: torch.cuda.Stream) -> None:
         """What `stream` is given from now on may write where the tensors were."""
-        with self._lock:
-            if self._read is not None:
-                self._read.wait(stream)
-            if not self._over:
-                self.tensors.update({name: each.clone() for name, each in self.tensors.items()})
-                self._written = stream.record_event()
-                self._moved = True
+        if self._read is not None:
+            self._read.wait(stream)
+        if not self._over:
+            self.tensors.update({name: each.clone() for name, each in self.tensors.items()})
+            self._written = stream.record_event()
+            self._moved = True
 
 
 class EagerRunner:
     """Calls the program. `reason` says why not something faster, where that could be expected."""
 
-    copies = False
-    """Whether `take` copies its tensors, or refers to them until the run is over."""
+    static = False
+    """Whether inputs are copied to places of its own, which `take` does, and outputs lie in such,
+    with the shapes that they were tried with; or else both are new tensors in every run."""
 
     def __init__(self, program: Program, reason: str | None = None) -> None:
         self.kind = "compiled" if program.compiled else "eager"
@@ -135,7 +133,7 @@ class GraphRunner:
     the largest's: they run one at a time.
     """
 
-    copies = True
+    static = True
 
     def __init__(self, program: Program, largest: int) -> None:
         self.kind = "compiled, cuda graph" if program.compiled else "cuda graph"

@@ -22,7 +22,8 @@ from blockflow.child import ControlSocket, die_with_parent, start_logging
 from blockflow.errors import BlockFlowError, StartFailed
 
 if TYPE_CHECKING:
-    from blockflow.runtime import Block
+    from blockflow.block import Block
+    from blockflow.runtime import BlockThread
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Worker:
     def __init__(self, control: ControlSocket) -> None:
         self._control = control
         self._blocks: dict[str, Block] = {}
-        self._loaded: tuple[Block, ...] = ()
+        self._threads: tuple[BlockThread, ...] = ()
         self._fatal: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[protocol.Done | protocol.Failed] = queue.SimpleQueue()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -69,7 +70,8 @@ class Worker:
             if not self._fatal.empty():
                 log.critical("%s", self._fatal.get())
                 return 70
-            reports = tuple(report for block in self._loaded for report in block.reports())
+            served = self._blocks.copy().values() if self._threads else ()
+            reports = tuple(report for block in served for report in block.reports())
             self._control.say(protocol.WorkerReport(reports))
 
     def _ring(self) -> None:
@@ -88,9 +90,9 @@ class Worker:
                 case protocol.Load() as load:
                     self._load(load)
                 case protocol.Connect(routes=routes):
-                    _finish([block.connect(routes) for block in self._loaded])
+                    _finish([thread.connect(routes) for thread in self._threads])
                 case protocol.Retire(routes=routes):
-                    _finish([block.retire(routes) for block in self._loaded])
+                    _finish([thread.retire(routes) for thread in self._threads])
                 case other:
                     raise StartFailed(f"a worker does not know the command {other}")
         except Exception as error:  # every failure is the server's to judge
@@ -103,12 +105,12 @@ class Worker:
 
     def _load(self, load: protocol.Load) -> None:
         from blockflow import program as programs  # noqa: PLC0415
+        from blockflow.block import Block  # noqa: PLC0415
         from blockflow.compilation import compiled  # noqa: PLC0415
-        from blockflow.runtime import Block  # noqa: PLC0415
+        from blockflow.runtime import threads_for  # noqa: PLC0415
 
         store = Store(Path(load.store))
         loaded: dict[str, programs.Program] = {}
-        started = []
         for spec in load.blocks:
             try:
                 program = programs.load(
@@ -129,22 +131,18 @@ class Worker:
             program, others = loaded[spec.name], fused.get(spec.name, ())
             if others:
                 program = programs.Chain([program, *(loaded[name] for name in others)])
-            block = Block(spec, program, endpoint, self._blocks, self._die, fused=others)
-            self._blocks[endpoint] = block
-            started.append(block)
-        for block in started:
-            try:
-                block.start().result()
-            except Exception as error:
-                raise StartFailed(f"block {block.spec.name} cannot start: {error}") from error
-        self._loaded = tuple(started)
+            self._blocks[endpoint] = Block(spec, program, endpoint, self._blocks, fused=others)
+        threads = threads_for(tuple(self._blocks.values()), self._die)
+        for thread in threads:
+            thread.start().result()
+        self._threads = tuple(threads)
 
     def _stop(self) -> None:
-        for block in self._loaded:
-            block.stop()
-        for block in self._loaded:
-            if not block.join(_STOP_TIMEOUT):
-                log.warning("block %s did not finish in time", block.spec.name)
+        for thread in self._threads:
+            thread.stop()
+        for thread in self._threads:
+            if not thread.join(_STOP_TIMEOUT):
+                log.warning("block %s did not finish in time", thread.name)
 
 
 def _import_torch() -> None:
@@ -156,8 +154,8 @@ def _finish(futures: list[Future[None]]) -> None:
     _, late = wait(futures, timeout=_CONNECT_TIMEOUT)
     if late:
         raise StartFailed(
-            f"{len(late)} of {len(futures)} blocks did not change their routes within "
-            f"{_CONNECT_TIMEOUT:g} s: they compute, or wait for the block after them"
+            f"{len(late)} of {len(futures)} threads did not change their blocks' routes within "
+            f"{_CONNECT_TIMEOUT:g} s: they compute"
         )
     for future in futures:
         future.result()

@@ -383,6 +383,16 @@ class Push:
         layout = self._layouts[key] = wire.Layout(wire.lay_out(tensors, self._slot_bytes))
         return layout
 
+    def has_room(self, to: Peer | Sequence[Peer]) -> bool:
+        """Whether tensors can be sent to all of `to` now, without waiting for a slot.
+
+        A peer that is gone is not waited for: sending says so.
+        """
+        return all(
+            peer.lost is not None or peer._lane is None or peer._lane.pool.free > 0
+            for peer in _peers(to)
+        )
+
     def _live(self, peer: Peer) -> _Lane:
         if peer.lost is not None or peer._lane is None:
             raise PeerLost(f"{peer.endpoint} is gone: {peer.lost or 'it was never connected'}")

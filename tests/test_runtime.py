@@ -1,0 +1,263 @@
+"""Threads that serve blocks, in this process: what a worker does, without its process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from blockflow.artifact import Digest, Manifest, Origin, Port
+from blockflow.block import Block
+from blockflow.errors import StartFailed
+from blockflow.program import Program
+from blockflow.protocol import Route, RouteId, Step, decode_note
+from blockflow.reconcile import BlockSpec
+from blockflow.runtime import BlockThread, threads_for
+from blockflow.topology import BlockName, PipelineName
+from blockflow.wiring import Source
+from tensormq import Loop, Message, Pull, Push, Request, slot_size
+
+X = Port("x", "float32", ("batch", 3))
+DIGEST = Digest("sha256-" + "0" * 64)
+
+
+class House:
+    """Blocks `b0`, `b1`, ... in a chain, `groups` of which share a thread; and their client."""
+
+    def __init__(
+        self, folder: Path, calls: Sequence[Callable[[Tensor], Tensor]], *groups: Sequence[int]
+    ) -> None:
+        self.fatal: list[str] = []
+        specs = [
+            BlockSpec(BlockName(f"b{index}"), DIGEST, "cpu", max_batch=4, threads=1)
+            for index in range(len(calls))
+        ]
+        endpoints = [f"ipc://{folder}/{index}.sock" for index in range(len(calls))]
+        self.blocks: dict[int, Block] = {}
+        self.threads: list[BlockThread] = []
+        for group in groups:
+            together: dict[str, Block] = {}
+            for index in group:
+                together[endpoints[index]] = self.blocks[index] = Block(
+                    specs[index], program(calls[index]), endpoints[index], together, slots=1
+                )
+            self.threads.append(BlockThread(list(together.values()), self.fatal.append))
+        self._loop = Loop()
+        results = f"ipc://{folder}/results.sock"
+        self._pull = Pull(results, device="cpu", loop=self._loop)
+        before = [None, *(spec.name for spec in specs)]
+        self.route = Route(
+            RouteId(1),
+            PipelineName("p"),
+            tuple(
+                Step(spec.name, endpoint, {"x": Source(source, "x")}, 4, (X,))
+                for spec, endpoint, source in zip(specs, endpoints, before, strict=False)
+            ),
+            results,
+            inputs=(X,),
+            outputs=(X,),
+            gives={"x": Source(specs[-1].name, "x")},
+        )
+        for thread in self.threads:
+            thread.start().result(60)
+        done = [thread.connect([self.route]) for thread in self.threads]
+        while not all(future.done() for future in done):
+            self._loop.run_once(0.02)  # the channels to us are opened from here, too
+        for future in done:
+            future.result()
+        size = slot_size({"x": ("float32", (4, 3))})
+        self._push = Push(slots=256, slot_bytes=size, device="cpu", loop=self._loop)
+        self._peer = self._push.connect(endpoints[0])
+
+    def send(self, number: int, x: Tensor, deadline: float = 0.0) -> None:
+        requests = (Request(number, len(x), deadline),)
+        self._push.send({"x": x}, to=self._peer, requests=requests, route=1, timeout=30)
+
+    def answers(self, count: int, seconds: float = 60) -> dict[int, Tensor | str]:
+        """The next answers: a tensor, or what went wrong."""
+        found: dict[int, Tensor | str] = {}
+        while len(found) < count:
+            assert self._loop.run_until(lambda: self._pull.waiting > 0, seconds), found.keys()
+            message = self._pull.poll()
+            assert message is not None
+            with message:
+                found |= dict(_read(message))
+        return found
+
+    def close(self) -> None:
+        for thread in self.threads:
+            thread.stop()
+        while not all(thread.join(0.01) for thread in self.threads):
+            self._loop.run_once(0.01)
+        self._push.close()
+        self._pull.close()
+        self._loop.close()
+
+
+def _read(message: Message) -> Iterator[tuple[int, Tensor | str]]:
+    error = decode_note(message.note).error
+    start = 0
+    for request in message.requests:
+        if error is not None:
+            yield request.id, error
+        else:
+            yield request.id, message.tensors["x"][start : start + request.rows].clone()
+            start += request.rows
+
+
+def program(call: Callable[[Tensor], Tensor]) -> Program:
+    manifest = Manifest(
+        format="torch.export",
+        digest=DIGEST,
+        inputs=(X,),
+        outputs=(X,),
+        parameter_bytes=0,
+        flops=0,
+        mutates_inputs=False,
+        origin=Origin("net", 0, 1, "first", "last"),
+        files={},
+    )
+    return Program(manifest, torch.device("cpu"), lambda x: (call(x),))
+
+
+def plus(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x + value
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    tmp_path.chmod(0o700)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "groups", [[(0,), (1,), (2,), (3,)], [(0, 1, 2, 3)], [(3, 1, 0, 2)], [(0, 2), (1, 3)]], ids=str
+)
+def test_whoever_shares_a_thread_all_requests_are_answered(
+    directory: Path, groups: list[Sequence[int]]
+) -> None:
+    """With one slot to the next block, and many more requests than that at once."""
+    house = House(directory, [plus(1), plus(10), plus(100), plus(1000)], *groups)
+    for number in range(200):
+        house.send(number, torch.full((1 + number % 4, 3), float(number)))
+    found = house.answers(200)
+    for number in range(200):
+        assert torch.equal(
+            torch.as_tensor(found[number]), torch.full((1 + number % 4, 3), number + 1111.0)
+        )
+    assert house.fatal == []
+    house.close()
+
+
+def test_a_block_that_waits_for_room_does_not_stop_those_of_its_thread(directory: Path) -> None:
+    """b0 and b2 share a thread; b1, between them, computes only when it is told to."""
+    gate = threading.Event()
+    gate.set()  # it warms up
+
+    def held(x: Tensor) -> Tensor:
+        assert gate.wait(30)
+        return x
+
+    house = House(directory, [plus(1), held, plus(100)], (0, 2), (1,))
+    house.send(0, torch.zeros(1, 3))
+    house.answers(1)
+    gate.clear()
+    for number in range(1, 9):
+        house.send(number, torch.zeros(4, 3))
+    # b0 has handed on what there is room for, and sits on outputs that nobody takes yet.
+    deadline = time.monotonic() + 30
+    while not house.blocks[0]._outbox:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    done = threading.Event()
+    house.threads[0]._loop.call_soon(done.set)
+    assert done.wait(5)
+    gate.set()
+    assert set(house.answers(8)) == set(range(1, 9))
+    house.close()
+
+
+def test_what_waits_for_room_beyond_its_deadline_fails_and_the_rest_goes_on(
+    directory: Path,
+) -> None:
+    gate = threading.Event()
+    gate.set()
+
+    def held(x: Tensor) -> Tensor:
+        assert gate.wait(30)
+        return x
+
+    house = House(directory, [plus(1), held], (0,), (1,))
+    house.send(0, torch.zeros(1, 3))
+    house.answers(1)
+    gate.clear()
+    house.send(1, torch.zeros(4, 3))  # is being computed, in the one slot
+    house.send(2, torch.zeros(4, 3), time.monotonic() + 0.3)  # waits for that slot
+    house.send(3, torch.zeros(4, 3))
+    house.send(4, torch.zeros(4, 3), time.monotonic() + 0.3)
+    assert house.answers(2) == {
+        2: "the deadline passed while block b0 waited for the next block",
+        4: "the deadline passed before block b0 could begin",
+    }
+    gate.set()
+    assert set(house.answers(2)) == {1, 3}
+    house.close()
+
+
+def test_a_batch_that_fails_is_computed_one_by_one(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = threading.Event()
+    gate.set()
+
+    def delicate(x: Tensor) -> Tensor:
+        assert gate.wait(30)
+        if (x == 13).any():
+            raise ArithmeticError("thirteen")
+        return x
+
+    house = House(directory, [delicate], (0,))
+    gate.clear()
+    house.send(0, torch.zeros(1, 3))
+    for number in range(1, 5):
+        house.send(number, torch.full((1, 3), 13.0 if number == 3 else 1.0))
+    gate.set()
+    found = house.answers(5)
+    assert found[3] == "block b0 failed: ArithmeticError: thirteen"
+    assert all(isinstance(found[number], Tensor) for number in (0, 1, 2, 4))
+    (report,) = house.blocks[0].reports()
+    assert report.failures == 1
+    assert report.requests == {"p": 5}
+    house.close()
+    caplog.clear()  # the traceback holds on to what it passed through
+
+
+def test_a_block_that_cannot_start_is_named(directory: Path) -> None:
+    def broken(_: Tensor) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    first = BlockSpec(BlockName("good"), DIGEST, "cpu", max_batch=1)
+    second = BlockSpec(BlockName("bad"), DIGEST, "cpu", max_batch=1)
+    blocks = [
+        Block(first, program(plus(1)), f"ipc://{directory}/0.sock", {}),
+        Block(second, program(broken), f"ipc://{directory}/1.sock", {}),
+    ]
+    thread = BlockThread(blocks, pytest.fail)
+    with pytest.raises(StartFailed, match="block bad cannot start: no such kernel"):
+        thread.start().result(60)
+    assert thread.join(10)
+
+
+def test_blocks_on_the_cpu_have_threads_of_their_own_and_those_on_a_gpu_share_one() -> None:
+    def blocks(device: str) -> list[Block]:
+        specs = [BlockSpec(BlockName(f"b{i}"), DIGEST, device, max_batch=1) for i in range(3)]
+        return [Block(spec, program(plus(1)), "ipc:///nowhere", {}) for spec in specs]
+
+    assert [t.name for t in threads_for(blocks("cpu"), pytest.fail)] == ["b0", "b1", "b2"]
+    assert [t.name for t in threads_for(blocks("cuda:0"), pytest.fail)] == ["b0, b1, b2"]
+    assert threads_for([], pytest.fail) == []
