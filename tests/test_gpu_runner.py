@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from blockflow.artifact import Port, Store
+from blockflow.backends import rounding_to_tf32
 from blockflow.compilation import compiled
+from blockflow.cuts import Analysis
+from blockflow.export import export
+from blockflow.measure import Measure
+from blockflow.models import ModuleSource, resolve
 from blockflow.program import Chain, Program, load
 from blockflow.protocol import MACHINE_CODE
 from blockflow.runner import GraphRunner, Loan, Runner, prepare
+from blockflow.split import split_model
 from blockflow.topology import Precision
 from running import Server, four_blocks, store_model, wait_for
 from test_runner import program
@@ -333,6 +339,35 @@ def test_a_chain_is_one_graph(stream: torch.cuda.Stream) -> None:
         x = torch.randn(rows, 3, 16, 16, device=DEVICE)
         expected = first({"x": x})["y"] * 2 + 1
         torch.testing.assert_close(run(runner, x), expected, rtol=0, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_blocks_that_balance_this_gpu_are_the_model(tmp_path: Path) -> None:
+    source = resolve("resnet50")
+    assert isinstance(source, ModuleSource)
+    measure = Measure("cuda:0", 1, "tf32")
+    kept = Store(tmp_path / "store", create=True)
+
+    def settings() -> tuple[bool, bool, bool]:
+        cudnn = torch.backends.cudnn
+        return cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, cudnn.benchmark
+
+    with rounding_to_tf32(False):
+        before = settings()
+        costs = Analysis(export(source.module, source.inputs), measure).costs
+        assert settings() == before
+        # A view launches nothing and takes none; whatever computes takes some.
+        assert all(cost.measured is not None and 0 <= cost.measured < 1 for cost in costs)
+        assert all(cost.measured for cost in costs if cost.flops)
+        blocks = split_model(source, 4, kept, measure=measure).blocks
+        (whole,) = split_model(source, 1, kept).blocks
+        assert len(blocks) == 4
+        assert all(0 < block.seconds < 1 for block in blocks)
+        x = torch.randn(1, 3, 224, 224, device=DEVICE)
+        four = Chain([load(kept, b.digest, DEVICE, precision="tf32") for b in blocks])
+        (found,) = four({"x": x}).values()
+        (expected,) = load(kept, whole.digest, DEVICE, precision="tf32")({"x": x}).values()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
 
 
 @pytest.mark.slow

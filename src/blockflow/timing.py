@@ -89,6 +89,7 @@ def _settings(place: torch.device, measure: Measure) -> Iterator[None]:
     """torch as a worker has it that replays a block of this precision."""
     with contextlib.ExitStack() as stack:
         if place.type == "cuda":
+            stack.enter_context(torch.cuda.device(place))  # where events are recorded
             stack.enter_context(trying_algorithms())
             if DTYPES[measure.precision] == torch.float32:
                 stack.enter_context(rounding_to_tf32(measure.precision == "tf32"))
