@@ -65,6 +65,15 @@ def parts(device: str, out: Path, store: str, *, full: bool) -> list[Part]:
         Part("tests", 400, (*_PYTEST, "gpu and not two_gpus", *tests)),
         Part("tests-two-gpus", 300, (*_PYTEST, "two_gpus", *tests)),
         Part("tests-mps", 300, (*_PYTEST, "gpu", "tests/test_gpu_mps.py")),
+        Part(
+            "split-balance",
+            180,
+            (
+                "benchmarks/split_balance.py",
+                *("--device", device, "--rows", "1", "--precision", "tf32"),
+                *("--output", str(out / "split-balance-gpu")),
+            ),
+        ),
         *measured("runtime", 240, "--precision", "tf32", "--store", store, *quick),
         *measured("hop", 120, *(() if full else ("--rounds", "12"))),
         Part(

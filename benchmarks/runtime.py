@@ -22,6 +22,8 @@ and time is from the beginning of the send to having the answer on its own devic
 batched (max_batch 1). On a GPU, its work is waited for before and after each request; the clock is
 the host's. Every answer of a latency round is compared with the called network's.
 
+The four blocks are balanced by modelled costs on a CPU, by measured ones on a GPU (balanced.py).
+
 A line on stderr says what is being done. What was measured so far is printed and written, too, when
 it is interrupted (Ctrl-C, SIGTERM) or fails.
 
@@ -57,6 +59,7 @@ os.environ.update(cores.waiting())
 
 import measured
 import torch
+from balanced import Blocks, blocks_of, one_row
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -64,13 +67,11 @@ from torch import Tensor
 from blockflow import protocol
 from blockflow.artifact import Store
 from blockflow.export import example
-from blockflow.models import resolve
 from blockflow.program import Chain, Program, load
 from blockflow.protocol import RouteId
 from blockflow.reconcile import BlockSpec
 from blockflow.routing import lay_route
 from blockflow.runner import Runner, prepare
-from blockflow.split import SplitResult, split_model
 from blockflow.supervisor import Child, Supervisor
 from blockflow.topology import BlockName, Pipeline, PipelineName
 from blockflow.wiring import by_rule, wire
@@ -155,7 +156,7 @@ class Deployed:
         self,
         name: str,
         workers: Sequence[Sequence[int]],
-        blocks: SplitResult,
+        blocks: Blocks,
         options: argparse.Namespace,
         control: Control,
         number: int,
@@ -169,19 +170,19 @@ class Deployed:
         run_dir = control.run_dir
         specs = [
             BlockSpec(
-                name=BlockName(block.name),
-                digest=block.digest,
+                name=BlockName(block),
+                digest=manifest.digest,
                 device=options.device,
                 max_batch=1,
                 precision=options.precision,
                 channels_last=options.channels_last,
             )
-            for block in blocks.blocks
+            for block, manifest in zip(blocks.names, blocks.manifests, strict=True)
         ]
         endpoints = [f"ipc://{run_dir}/{number}.{index}.sock" for index in range(len(specs))]
         loads = [
             protocol.Load(
-                str(blocks.store),
+                str(blocks.store.root),
                 tuple(specs[index] for index in members),
                 tuple(endpoints[index] for index in members),
                 (tuple(specs[index].name for index in members),) if fuse else (),
@@ -189,7 +190,7 @@ class Deployed:
             for members in workers
         ]
         self._children = control.start(name, loads)
-        manifests = [block.manifest for block in blocks.blocks]
+        manifests = blocks.manifests
         known = {spec.name: manifest for spec, manifest in zip(specs, manifests, strict=True)}
         wired, problems = wire(Pipeline(blocks=tuple(known)), known.get)
         if wired is None:
@@ -384,6 +385,7 @@ def _report(options: argparse.Namespace, found: Measured, interrupted: str | Non
                 for name, value in vars(options).items()
                 if name not in {"json", "store"}
             },
+            "split": found.split,
             "unit": "ms, answers per second",
             "interrupted": interrupted,
             "results": results,
@@ -398,16 +400,16 @@ def _say(phase: str) -> None:
 def _measure(options: argparse.Namespace, folder: Path, found: Measured) -> None:
     torch.backends.cudnn.benchmark = False
     store = Store(options.store or folder / "store", create=True)
-    source = resolve(options.model)
     _say(f"splitting {options.model}")
-    whole = split_model(source, 1, store)
-    four = split_model(source, 4, store)
+    whole = blocks_of(options.model, 1, store, None)
+    four = blocks_of(options.model, 4, store, one_row(options.device, options.precision))
+    found.split = four.told()
     settings = {"precision": options.precision, "channels_last": options.channels_last}
 
-    def programs(split: SplitResult) -> list[Program]:
-        return [load(store, block.digest, options.device, **settings) for block in split.blocks]
+    def programs(split: Blocks) -> list[Program]:
+        return [load(store, digest, options.device, **settings) for digest in split.digests]
 
-    x = example(whole.blocks[0].manifest.inputs[0], 1, seed=1).to(options.device)
+    x = example(whole.manifests[0].inputs[0], 1, seed=1).to(options.device)
     gpu = options.device.startswith("cuda")
     control = Control(folder)
     makers: list[tuple[str, Callable[[str], Direct | Deployed]]] = [
@@ -460,6 +462,7 @@ class Measured:
     """What is known so far, by variant."""
 
     def __init__(self) -> None:
+        self.split: dict[str, Any] = {}
         self.variants: Sequence[Direct | Deployed] = ()
         self.latencies: dict[str, list[float]] = {}
         self.throughputs: dict[str, dict[str, list[float]]] = {}

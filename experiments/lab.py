@@ -31,6 +31,7 @@ from blockflow.models import ModuleSource, parse_input, resolve
 from blockflow.topology import Precision
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import balanced
 import measured
 
 MIB = 1 << 20
@@ -89,6 +90,7 @@ class Lab:
         self.runners = ("eager", "graph") if self.gpu else ("eager",)
         self._folders = 0
         self._conditions: dict[str, Any] = {}
+        self._split: dict[str, Any] | None = None
         self.left_out: dict[str, str] = {}
         self._start = time.monotonic()
         # Experiments want a machine to themselves; whether they had it can be read from this.
@@ -107,6 +109,22 @@ class Lab:
         if not isinstance(source, ModuleSource):
             raise SystemExit(f"{self.options.model} is a file: give a model that can be built")
         return source
+
+    def blocks(self) -> list[str]:
+        """The digests of the network's blocks, which are balanced for one row on this device.
+
+        Does not use the GPU in this process: see `join`.
+        """
+        self.say(f"splitting {self.options.model}")
+        found = balanced.blocks_of(
+            self.options.model,
+            self.options.blocks,
+            self.store,
+            balanced.one_row(self.device, self.precision),
+            [self.options.input] if self.options.input else [],
+        )
+        self._split = found.told()
+        return found.digests
 
     def devices(self) -> dict[str, Any]:
         """The section `devices` of topologies here."""
@@ -166,6 +184,7 @@ class Lab:
         found["seconds"] = round(time.monotonic() - self._start, 1)
         found["load_average"] = self._load
         found["precision"] = self.precision
+        found["split"] = self._split
         found["mps"] = f"{self.options.mps}: {'joined' if self.mps else 'not used'}"
         found["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         found["versions"] = {

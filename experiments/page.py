@@ -226,10 +226,12 @@ def conditions(found: Found, source: Path) -> list[str]:
     versions = [f"{name} {version}" for name, version in where["versions"].items()]
     if "driver" in where:
         versions += [f"driver {where['driver']}", f"CUDA {where['cuda']}"]
+    split = f"costs {where['split']['costs']}; " if where.get("split") else ""
     ran = (
         f"{hardware}; {', '.join(versions)}, Python {where['python']}; commit {where['commit']}; "
         f"{where['date']}; {where['seconds']:.0f} s; precision {where['precision']}; "
-        f"MPS {where['mps']}; load of the machine when it began: {where['load_average']:.1f}."
+        f"MPS {where['mps']}; {split}load of the machine when it began: "
+        f"{where['load_average']:.1f}."
     )
     numbers = f"[{source.name}]({source.parent.name}/{source.name})"
     out = (f"Left out: {what} ({why})." for what, why in found["left_out"].items())

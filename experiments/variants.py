@@ -78,9 +78,7 @@ class Variants:
     def __init__(self, lab: Lab, chosen: Sequence[Kind]) -> None:
         self._lab = lab
         self.source = lab.source()
-        lab.say(f"splitting {lab.options.model}")
-        split = split_model(self.source, lab.options.blocks, lab.store)
-        self.digests = [str(block.digest) for block in split.blocks]
+        self.digests = lab.blocks()
         self.kinds = {kind.name: kind for kind in chosen}
         # Names of blocks and pipelines are plain: what a variant is called is for people.
         deployed = [kind for kind in chosen if kind.settings is not None]

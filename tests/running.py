@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from blockflow import models
 from blockflow.artifact import Port, Store
+from blockflow.backends import rounding_to_tf32
 from blockflow.client import ControlClient, InferenceClient
 from blockflow.errors import BlockFlowError
 from blockflow.split import export, split, split_model, store_blocks, topology_for
@@ -227,27 +227,13 @@ class Load:
         self._thread.join()
 
 
-@contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """Of convolutions and products alike: what loads a block of tf32 sets both for its process."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for backend, was in zip(backends, before, strict=True):
-            backend.allow_tf32 = was
-
-
 def four_blocks(store: Store, device: str) -> tuple[dict[str, Any], Floats, Floats]:
     """A topology of ResNet-50 in four blocks, an input, and the whole network's answer to it."""
     source = models.resolve("resnet50")
     assert isinstance(source, models.ModuleSource)
     wanted = topology_for(split_model(source, 4, store), "resnet50", device=device)
     x = np.random.default_rng(0).standard_normal((2, 3, 224, 224), np.float32)
-    with without_tf32(), torch.inference_mode():  # as blocks of precision fp32 have it
+    with rounding_to_tf32(False), torch.inference_mode():  # as blocks of precision fp32 have it
         whole = source.module.eval().to(device)
         expected = whole(torch.from_numpy(x).to(device)).cpu().numpy()
     return {**wanted.model_dump(exclude_none=True), "store": str(store.root)}, x, expected

@@ -841,6 +841,12 @@ def test_split_says_so_when_models_have_nothing_in_common(family: Path) -> None:
         (["a:b", "--share", "--name", "p"], "--name does not go with --share"),
         (["a:b", "--share", "--measure", "cpu", "-n", "2"], "--measure does not go with --share"),
         (["a:b", "--share", "--at", "x", "-n", "2"], "say how to split"),
+        (["a:b", "-n", "2", "--rows", "1"], "--rows says how to measure, and goes with --measure"),
+        (["a:b", "-n", "2", "--precision", "bf16"], "--precision says how to measure"),
+        (
+            ["a:b", "-n", "2", "--measure", "cpu", "--precision", "int8"],
+            "--precision takes fp32, tf32, fp16, bf16, not 'int8'",
+        ),
         (["a:b"], "say how to split"),
         (["a:b", "-n", "2", "--every"], "say how to split"),
         (["a:b", "--at", ""], "--at takes names of modules, such as layer2,layer3, not ''"),
@@ -868,10 +874,24 @@ def test_inspect_shows_cut_points_and_draws_them(family: Path) -> None:
     assert lines[-1] == "the picture is in net.html"
     assert "<svg" in (family / "net.html").read_text()
     measured = run("inspect", model, "--measure", "cpu").output.splitlines()
-    assert " ms for 8 rows on cpu" in measured[0]
+    assert " ms on cpu (8 rows, fp32)" in measured[0]
     header = ["behind", "weights", "work/row", "written", "ms", "crosses", "tensors"]
     assert measured[2].split() == header
     assert max(map(len, measured[1:])) <= 80
+    asked = ("--measure", "cpu", "--rows", 2, "--precision", "bf16")
+    result = run("inspect", model, "-n", 2, "--plot", "net.html", *asked)
+    assert result.exit_code == 0, result.output
+    assert " ms on cpu (2 rows, bf16); 2 blocks" in result.output
+    assert "% of the measured time, " in result.output
+    assert "time on cpu (2 rows, bf16)" in (family / "net.html").read_text()
+
+
+def test_split_says_how_it_measured(family: Path) -> None:
+    asked = ("--measure", "cpu", "--rows", 1, "--precision", "bf16")
+    result = run("split", "family_of_models:one", "-n", 2, "--store", "s", "-o", "t.yaml", *asked)
+    assert result.exit_code == 0, result.output
+    assert "cost is time on cpu (1 row, bf16)" in result.output
+    assert len(parse((family / "t.yaml").read_bytes()).blocks) == 2
 
 
 def test_inspect_shows_what_a_script_is_a_sequence_of(tmp_path: Path) -> None:
@@ -887,6 +907,9 @@ def test_inspect_shows_what_a_script_is_a_sequence_of(tmp_path: Path) -> None:
     assert "✂ 1  0" in result.output
     assert "<svg" in (tmp_path / "model.html").read_text()
     (line,) = refused(run(*given, "--measure", "cpu"))
+    assert "whose costs are modelled only" in line
+    places = ("--store", tmp_path / "store", "-o", tmp_path / "topology.yaml")
+    (line,) = refused(run("split", *given[1:], "-n", 2, "--measure", "cpu", *places))
     assert "whose costs are modelled only" in line
 
 
@@ -908,6 +931,8 @@ def test_inspect_refuses_before_it_works(stored: Store) -> None:
     for verb in (("inspect",), ("split", "-n", 2)):
         (line,) = refused(run(*verb, "resnet18", "--measure", "gpu"))
         assert line == "error: --measure takes cpu or cuda:INDEX, such as cuda:0, not 'gpu'"
+        (line,) = refused(run(*verb, "resnet18", "--rows", 1))
+        assert line.startswith("error: --rows says how to measure, and goes with --measure")
     (line,) = refused(run("inspect", "cccc", "--store", stored.root))
     assert "has no artifact cccc" in line
     (stored.path(f"sha256-{'b' * 64}") / "program.pt2").write_bytes(b"x")

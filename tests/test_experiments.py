@@ -63,6 +63,8 @@ def test_latency(tmp_path: Path) -> None:
         assert row["end_to_end_ms"]["n"] == 6
         assert row["end_to_end_ms"]["mean"] >= row["overhead_ms"]["mean"]
     assert "CUDA graphs" in found["left_out"]
+    assert found["conditions"]["split"]["costs"] == "modelled"
+    assert len(found["conditions"]["split"]["last_operators"]) == 2
 
 
 def test_throughput(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from blockflow.artifact import Port
 from blockflow.cuts import Analysis
 from blockflow.errors import InvalidInput
 from blockflow.export import export
+from blockflow.measure import Measure
 from blockflow.plot import Cut, Profile, check_picture, draw, human_bytes, human_operations, profile
 
 SHOWN = Profile(
@@ -73,9 +74,9 @@ def test_the_summary_says_how_unequal_the_blocks_are() -> None:
     )
 
 
-def test_measured_time_is_told_with_its_rows() -> None:
-    shown = replace(SHOWN, measured="cpu", rows=8)
-    assert "; 0.008 ms for 8 rows on cpu; " in shown.summary()
+def test_measured_time_is_told_with_rows_and_precision() -> None:
+    shown = replace(SHOWN, measured=Measure("cpu", 1, "bf16"))
+    assert "; 0.008 ms on cpu (1 row, bf16); " in shown.summary()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from blockflow.archive import write_archive
 from blockflow.artifact import Port, Store
 from blockflow.cuts import choose
 from blockflow.errors import ModelRefused, TopologyInvalid
+from blockflow.measure import Measure
 from blockflow.models import ModuleSource, ProgramFile, ScriptFile, resolve
 from blockflow.program import load, read_script
 from blockflow.share import split_shared
@@ -259,13 +260,13 @@ def test_every_cut(store: Store) -> None:
 
 def test_measured_costs_are_seconds_on_the_device(store: Store) -> None:
     source = ModuleSource("small", Small().eval(), (IMAGE,))
-    result = split_model(source, 2, store, device="cpu")
+    result = split_model(source, 2, store, measure=Measure("cpu"))
     assert all(0 < block.seconds < 60 for block in result.blocks)
-    cuts = cut_points(traced(Small()), device="cpu")
-    assert all(cut.cost.measured > 0 for cut in cuts)
-    assert all(cut.cost.measured == 0 for cut in cut_points(traced(Small())))
-    with pytest.raises(ModelRefused, match="cannot be timed on cuda:99"):
-        cut_points(traced(Small()), device="cuda:99")
+    cuts = cut_points(traced(Small()), measure=Measure("cpu"))
+    assert all(cut.cost.measured is not None and cut.cost.measured > 0 for cut in cuts)
+    assert all(cut.cost.measured is None for cut in cut_points(traced(Small())))
+    with pytest.raises(ModelRefused, match=r"cannot be timed on cuda:99 \(1 row, tf32\)"):
+        cut_points(traced(Small()), measure=Measure("cuda:99", 1, "tf32"))
 
 
 # ------------------------------------------------------------------------ what blocks need to know

@@ -55,6 +55,7 @@ from blockflow.graph import (
     weight_nodes,
 )
 from blockflow.identity import Values
+from blockflow.measure import ROWS, Measure
 from blockflow.shadow import Shadow
 from blockflow.timing import operator_seconds
 
@@ -70,7 +71,6 @@ MAX_TENSORS = 6
 # CPU cores (docs/results/split-cpu.md), and current inference cards are near it. One model for all
 # devices, and none measured unless asked for: the same model then gives the same blocks, which
 # others can share, on every machine.
-ROWS = 8
 FLOPS = 39e12
 BANDWIDTH = 600e9
 
@@ -80,15 +80,16 @@ class Cost:
     """What a stretch of a model takes.
 
     flops: for one row, by torch's flop counter. activation_bytes: written, for one row.
-    moved_bytes: read and written, without weights, for one row. measured: seconds for `ROWS` rows
-    on the device that was asked for; 0 if none was.
+    moved_bytes: read and written, without weights, for one row. measured: seconds on the device,
+    for the number of rows and in the precision that were asked for (see `Measure`); None if none
+    were.
     """
 
     parameter_bytes: int = 0
     flops: int = 0
     activation_bytes: int = 0
     moved_bytes: int = 0
-    measured: float = 0.0
+    measured: float | None = None
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -96,19 +97,19 @@ class Cost:
             self.flops + other.flops,
             self.activation_bytes + other.activation_bytes,
             self.moved_bytes + other.moved_bytes,
-            self.measured + other.measured,
+            # What nothing was measured of is here a sum's beginning.
+            self.measured if other.measured is None else other.measured + (self.measured or 0.0),
         )
 
     @property
     def seconds(self) -> float:
-        """Time of `ROWS` rows: measured, or else modelled, and then good for comparing only."""
-        return self.measured or self.modelled
+        """Measured; or else modelled for `ROWS` rows, and then good for comparing only."""
+        return self.modelled() if self.measured is None else self.measured
 
-    @property
-    def modelled(self) -> float:
-        """What `seconds` is where nothing was measured."""
-        traffic = self.parameter_bytes + ROWS * self.moved_bytes
-        return ROWS * self.flops / FLOPS + traffic / BANDWIDTH
+    def modelled(self, rows: int = ROWS) -> float:
+        """Seconds for so many rows by the model of cost."""
+        traffic = self.parameter_bytes + rows * self.moved_bytes
+        return rows * self.flops / FLOPS + traffic / BANDWIDTH
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,13 @@ def cut_points(
     program: ExportedProgram,
     *,
     tensors: int = MAX_TENSORS,
-    device: torch.device | str | None = None,
+    measure: Measure | None = None,
 ) -> list[CutPoint]:
     """Every place where the program can be cut and at most `tensors` cross, first to last.
 
-    With a device, costs are measured there as well. Raises ModelRefused.
+    With `measure`, costs are measured as it says as well. Raises ModelRefused.
     """
-    return Analysis(program, device).cuts(tensors)
+    return Analysis(program, measure).cuts(tensors)
 
 
 # -------------------------------------------------------------------------------------- analysis
@@ -156,12 +157,14 @@ class Analysis:
     """What a program does, operator by operator, and where it may be cut.
 
     `body` are the operators that depend on the inputs' data, in order. Places are counted in it: a
-    cut at place p has body[:p] before it.
+    cut at place p has body[:p] before it. `costs` are theirs, measured as `measure` says, or
+    modelled.
     """
 
-    def __init__(self, program: ExportedProgram, device: torch.device | str | None = None) -> None:
+    def __init__(self, program: ExportedProgram, measure: Measure | None = None) -> None:
         _refuse_training(program)
         self.program = program
+        self.measure = measure
         self.batch = batch_symbol(program)
         self.weights = weight_nodes(program)
         self.inputs = input_nodes(program)
@@ -183,7 +186,7 @@ class Analysis:
         for index, node in enumerate(self.body):
             for written in mutated_arguments(node):
                 self._last_write[self.shadow.memory(written)] = index
-        self.costs = self._cost_per_operator(device)
+        self.costs = self._cost_per_operator()
         self._live = self._live_sets()
 
     def cuts(self, tensors: int = MAX_TENSORS) -> list[CutPoint]:
@@ -371,8 +374,8 @@ class Analysis:
             return f"the tensor of {node.name} is alive there and has no batch dimension in front"
         return None
 
-    def _cost_per_operator(self, device: torch.device | str | None) -> list[Cost]:
-        seconds = {} if device is None else operator_seconds(self.program, device, rows=ROWS)
+    def _cost_per_operator(self) -> list[Cost]:
+        seconds = {} if self.measure is None else operator_seconds(self.program, self.measure)
         seen: set[fx.Node] = set()
         costs = []
         for index, node in enumerate(self.body):
@@ -384,7 +387,7 @@ class Analysis:
                     flops=self.shadow.flops[node],
                     activation_bytes=self.shadow.written[node],
                     moved_bytes=self.shadow.moved[node],
-                    measured=seconds.get(node, 0.0),
+                    measured=seconds.get(node),
                 )
             )
         return costs

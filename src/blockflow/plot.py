@@ -20,6 +20,7 @@ from blockflow.quantities import scaled
 
 if TYPE_CHECKING:
     from blockflow.cuts import Analysis
+    from blockflow.measure import Measure
     from blockflow.torchscript import Stage
 
 _TIME, _WEIGHTS, _FLOPS, _CUT = "#2563eb", "#d97706", "#059669", "#dc2626"
@@ -43,8 +44,8 @@ class Profile:
     seconds, parameter_bytes, flops, activation_bytes: by operator, in order; see `cuts.Cost` for
     their meaning.
     operators: their names. modules: where each top-level submodule begins. chosen: the places of
-    the cuts that were made, all of them among `cuts`. measured: where seconds come from, or None
-    for modelled ones. rows: how many these seconds are for.
+    the cuts that were made, all of them among `cuts`. measured: how seconds were, or None for
+    modelled ones.
     """
 
     name: str
@@ -56,8 +57,7 @@ class Profile:
     modules: tuple[tuple[str, int], ...]
     cuts: tuple[Cut, ...]
     chosen: tuple[int, ...]
-    measured: str | None = None
-    rows: int = 0
+    measured: Measure | None = None
 
     def blocks(self) -> Iterator[tuple[int, int, float]]:
         """Each block's first place, its end, and its share of the time."""
@@ -83,8 +83,7 @@ class Profile:
             f"{human_operations(sum(self.flops))} per row, {len(self.cuts)} cut points"
         )
         if self.measured:
-            took = 1e3 * sum(self.seconds)
-            said += f"; {took:.3g} ms for {self.rows} rows on {self.measured}"
+            said += f"; {1e3 * sum(self.seconds):.3g} ms on {self.measured}"
         if self.chosen:
             slowest = max(share for _, _, share in self.blocks())
             count = len(self.chosen) + 1
@@ -96,17 +95,8 @@ class Profile:
         return f"time on {self.measured}" if self.measured else "modelled time"
 
 
-def profile(
-    analysis: Analysis,
-    name: str,
-    *,
-    tensors: int,
-    chosen: Sequence[int] = (),
-    measured: str | None = None,
-) -> Profile:
+def profile(analysis: Analysis, name: str, *, tensors: int, chosen: Sequence[int] = ()) -> Profile:
     """Read what a picture shows from a program's analysis, with cuts of at most `tensors`."""
-    from blockflow.cuts import ROWS  # noqa: PLC0415  loads torch, which drawing does without
-
     cuts = [Cut(c.place, len(c.tensors), c.row_bytes) for c in analysis.cuts(tensors)]
     known = {cut.place for cut in cuts}
     extra = analysis.cut_points_at([place for place in chosen if place not in known])
@@ -121,8 +111,7 @@ def profile(
         modules=_landmarks(analysis.modules),
         cuts=tuple(sorted(cuts, key=lambda cut: cut.place)),
         chosen=tuple(chosen),
-        measured=measured,
-        rows=ROWS,
+        measured=analysis.measure,
     )
 
 

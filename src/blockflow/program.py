@@ -20,18 +20,20 @@ from torch import Tensor, fx
 
 from blockflow.archive import first_line
 from blockflow.artifact import PROGRAM_FILE, Manifest, Store
+from blockflow.backends import round_to_tf32
 from blockflow.errors import ModelRefused
 from blockflow.graph import compute_in, plain_module, put_channels_last
 from blockflow.topology import Precision
 from blockflow.weights import read_program
 from blockflow.wiring import by_rule
 
-_DTYPES: Mapping[Precision, torch.dtype] = {
+DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "tf32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+"""What float32 is computed in. For tf32, GPUs round as `backends` has them do."""
 
 
 class Program:
@@ -151,9 +153,9 @@ def load(
     """
     manifest = store.verify(digest, weights=False)  # those are checked as they are read
     place = torch.device(device)
-    dtype = _DTYPES[precision]
+    dtype = DTYPES[precision]
     if place.type == "cuda" and dtype == torch.float32:
-        _round_to_tf32(precision == "tf32")
+        round_to_tf32(precision == "tf32")
     module: fx.GraphModule | None = None
     match manifest.format:
         case "torch.export":
@@ -176,13 +178,6 @@ def load(
                 return flatten_outputs(script(*tensors), names)
 
     return Program(manifest, place, call, dtype=dtype, channels_last=channels_last, module=module)
-
-
-def _round_to_tf32(rounded: bool) -> None:
-    # Not by the newer `fp32_precision`: what is set so cannot be read by these, which torch.export
-    # does, and raises.
-    torch.backends.cudnn.allow_tf32 = rounded
-    torch.backends.cuda.matmul.allow_tf32 = rounded
 
 
 def read_script(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from blockflow.archive import first_line
+from blockflow.backends import trying_algorithms
 from blockflow.errors import BlockFailed
 from blockflow.export import example, has_rows
 from blockflow.program import Program
@@ -151,7 +152,7 @@ class GraphRunner:
         }
         self._pool = torch.cuda.graph_pool_handle()
         sizes = buckets(largest) if self._batched else (largest,)
-        with _trying_algorithms():
+        with trying_algorithms():  # each size comes only once
             # From the largest down: what the smaller need fits into the memory of the larger.
             self._buckets = [self._captured(size) for size in reversed(sizes)][::-1]
         self._sizes = [bucket.rows for bucket in self._buckets]
@@ -314,17 +315,6 @@ def _try(program: Program, inputs: Mapping[str, Tensor], rows: int) -> None:
                 f"it gives {port.name} as {found.dtype} {list(found.shape)}; its manifest says "
                 f"{port.dtype} {list(port.shape)}"
             )
-
-
-@contextlib.contextmanager
-def _trying_algorithms() -> Iterator[None]:
-    """Have cuDNN try every algorithm for every new size: here each comes only once."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ from torch.export import ExportedProgram
 
 from blockflow.archive import read_archive
 from blockflow.artifact import Digest, Manifest, Port, Store
-from blockflow.cuts import BANDWIDTH, MAX_TENSORS, ROWS, Analysis, choose, port_bytes
+from blockflow.cuts import BANDWIDTH, MAX_TENSORS, Analysis, choose, port_bytes
 from blockflow.errors import ModelRefused
 from blockflow.export import as_served, example, export, has_rows
 from blockflow.graph import (
@@ -63,6 +63,7 @@ from blockflow.graph import (
     plain_module,
 )
 from blockflow.identity import Values
+from blockflow.measure import ROWS
 from blockflow.models import ModuleSource, ProgramFile, ScriptFile, SourceModel
 from blockflow.split import (
     SLACK,

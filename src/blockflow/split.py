@@ -29,7 +29,6 @@ from blockflow.cuts import (
     BANDWIDTH,
     HIDDEN,
     MAX_TENSORS,
-    ROWS,
     Analysis,
     Cost,
     CutPoint,
@@ -40,6 +39,7 @@ from blockflow.errors import ModelRefused
 from blockflow.export import as_served, example, export, has_rows
 from blockflow.graph import copy_graph, input_ports, output_ports, plain_module, weight_nodes
 from blockflow.identity import digest_of, script_digest
+from blockflow.measure import ROWS, Measure
 from blockflow.models import ModuleSource, ProgramFile, ScriptFile, SourceModel
 from blockflow.program import flatten_outputs, read_script
 from blockflow.topology import Topology
@@ -176,20 +176,20 @@ def split(
     name: str,
     *,
     model: Callable[..., Any] | None = None,
-    device: torch.device | str | None = None,
+    measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> list[BlockSource]:
     """Cut a program: into a number of blocks of equal cost, before modules, or everywhere.
 
     The blocks are compared with `model`, which takes and returns what the program does, or else
-    with the program. With a device, costs are measured there; they are modelled otherwise. Raises
-    ModelRefused.
+    with the program. With `measure`, costs are measured as it says; they are modelled otherwise.
+    Raises ModelRefused.
     """
     if isinstance(blocks, int) and blocks < 1:
         raise ModelRefused(f"{name} cannot be split into {blocks} blocks: 1 is the least")
-    if device is not None and progress is not None:
-        progress(f"{name}: measuring operators on {device}")
-    analysis = Analysis(program, device)
+    if measure is not None and progress is not None:
+        progress(f"{name}: measuring operators on {measure}")
+    analysis = Analysis(program, measure)
     match blocks:
         case int():
             places = balanced_places(analysis, blocks, name)
@@ -249,14 +249,15 @@ def balanced_places(analysis: Analysis, blocks: int, name: str) -> list[int]:
             f"{name} cannot be split into {blocks} blocks, {len(cuts) + 1} is the most: "
             f"{_why_so_few(analysis, len(cuts))}"
         )
+    rows = ROWS if analysis.measure is None else analysis.measure.rows
     whole = sum(analysis.costs, Cost())
     rest = sum(analysis.costs[cuts[-1].place if cuts else 0 :], Cost())
     chosen = choose(
         [*(cut.cost.seconds for cut in cuts), rest.seconds],
         [cut.row_bytes for cut in cuts],
         blocks,
-        # In the unit of the costs, be they modelled or measured.
-        byte_seconds=ROWS / BANDWIDTH * whole.seconds / (whole.modelled or 1),
+        # For as many rows as the costs are for, and in their unit, be they modelled or measured.
+        byte_seconds=rows / BANDWIDTH * whole.seconds / (whole.modelled(rows) or 1),
         slack=SLACK,
     )
     return [cuts[index].place for index in chosen]
@@ -482,14 +483,15 @@ def split_model(
     blocks: Where,
     store: Store,
     *,
-    device: torch.device | str | None = None,
+    measure: Measure | None = None,
     progress: Progress | None = None,
 ) -> SplitResult:
     """Split a model and put its blocks into the store, after they are proven equal to it.
 
-    With a device, costs are measured there; they are modelled otherwise. `progress` gets a line at
-    every step. Raises ModelRefused, and then nothing was stored, or BlockFlowError where the disk
-    is full, and then what is in the store is whole.
+    With `measure`, costs are measured as it says; they are modelled otherwise, as those of
+    TorchScript only can be. `progress` gets a line at every step. Raises ModelRefused, and then
+    nothing was stored, or BlockFlowError where the disk is full, and then what is in the store is
+    whole.
     """
     say = progress or (lambda _: None)
     match source:
@@ -506,13 +508,15 @@ def split_model(
                     return module(*tensors)
 
             made = split(
-                program, blocks, source.name, model=model, device=device, progress=progress
+                program, blocks, source.name, model=model, measure=measure, progress=progress
             )
         case ProgramFile():
             say(f"{source.name}: reading {source.path}")
             program = read_archive(source.path)
-            made = split(program, blocks, source.name, device=device, progress=progress)
+            made = split(program, blocks, source.name, measure=measure, progress=progress)
         case ScriptFile():
+            if measure is not None:
+                raise ModelRefused(f"{source.path} is TorchScript, whose costs are modelled only")
             say(f"{source.name}: reading {source.path}")
             return _store_script(source, blocks, store, progress)
         case _:

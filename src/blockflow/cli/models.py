@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -22,7 +22,8 @@ from blockflow.artifact import Manifest, Store
 from blockflow.cli.command import app, verb
 from blockflow.cli.text import operations, print_table, short_digest, size
 from blockflow.errors import BlockFlowError, InvalidInput
-from blockflow.topology import Topology, dump, parse
+from blockflow.measure import ROWS, Measure
+from blockflow.topology import Precision, Topology, dump, parse
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -33,6 +34,19 @@ if TYPE_CHECKING:
     from blockflow.split import SplitResult
 
 _DIGEST = re.compile(r"(sha256-)?[0-9a-f]{4,64}")
+
+_Rows = Annotated[
+    int | None,
+    typer.Option("--rows", min=1, help=f"rows of the batch to measure with; default: {ROWS}"),
+]
+_Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        metavar="|".join(get_args(Precision)),
+        help="what to measure float32 computed in, as a block's precision; default: fp32",
+    ),
+]
 
 
 @app.command()
@@ -74,6 +88,8 @@ def split(
         str | None,
         typer.Option(help="balance by times measured on cpu or cuda:INDEX; default: by a model"),
     ] = None,
+    rows: _Rows = None,
+    precision: _Precision = None,
     seed: Annotated[int, typer.Option(help="of a built-in model's random weights")] = 0,
 ) -> None:
     """Cut MODEL into blocks and write a topology that serves them.
@@ -98,7 +114,7 @@ def split(
     if ways > 1 or not (ways or share):
         raise InvalidInput("say how to split: --blocks N, --at MODULE,MODULE, or --every")
     _check_names(name or "model", device)
-    _check_measure(measure)
+    measured = _measure(measure, rows, precision)
     if output.exists() and not force:
         raise InvalidInput(f"{output} exists; --force replaces it")
     if not output.parent.is_dir():
@@ -130,7 +146,7 @@ def split(
                 where = AtModules(modules) if modules else Everywhere() if every else blocks or 1
                 ports = [parse_input(each) for each in inputs or ()]
                 source = resolve(models[0], ports, seed=seed)
-                result = split_model(source, where, place, device=measure, progress=say)
+                result = split_model(source, where, place, measure=measured, progress=say)
             topology = topology_for(result, name or result.model, device=device)
         relative = os.path.relpath(store.resolve(), output.parent.resolve())
         text = dump(topology.model_copy(update={"store": relative}))
@@ -140,7 +156,7 @@ def split(
     if share:
         _print_family(family, output)
     else:
-        _print_split(result, topology, output)
+        _print_split(result, topology, output, measured)
 
 
 @app.command()
@@ -165,6 +181,8 @@ def inspect(
     measure: Annotated[
         str | None, typer.Option(help="measure times on cpu or cuda:INDEX; default: model them")
     ] = None,
+    rows: _Rows = None,
+    precision: _Precision = None,
     store: Annotated[Path, typer.Option(help="directory of the artifact store")] = Path("store"),
     inputs: Annotated[
         list[str] | None,
@@ -173,7 +191,7 @@ def inspect(
     seed: Annotated[int, typer.Option(help="of a built-in model's random weights")] = 0,
 ) -> None:
     """Show where a model can be cut and what lies between, or what an artifact is."""
-    _check_measure(measure)
+    measured = _measure(measure, rows, precision)
     if plot is not None:
         from blockflow.plot import check_picture
 
@@ -196,7 +214,7 @@ def inspect(
                 raise InvalidInput(f"{model} is TorchScript, into which BlockFlow does not look")
             name = f"{manifest.origin.model} {manifest.origin.index + 1}/{manifest.origin.count}"
             program = read_program(place, manifest)
-            shown = _profile(program, name, blocks, tensors, measure, say)
+            shown = _profile(program, name, blocks, tensors, measured, say)
         else:
             source = resolve(model, [parse_input(each) for each in inputs or ()], seed=seed)
             name = source.name
@@ -206,7 +224,7 @@ def inspect(
                     raise InvalidInput(f"{model} is TorchScript, whose costs are modelled only")
                 shown = _script_profile(source, blocks)
             else:
-                shown = _profile(read_source(source), name, blocks, tensors, measure, say)
+                shown = _profile(read_source(source), name, blocks, tensors, measured, say)
         if plot is not None:
             say(f"{name}: drawing {plot}")
             draw(shown, plot)
@@ -221,7 +239,7 @@ def _profile(
     name: str,
     blocks: int | None,
     tensors: int,
-    measure: str | None,
+    measure: Measure | None,
     say: Callable[[str], None],
 ) -> Profile:
     from blockflow.cuts import Analysis
@@ -231,7 +249,7 @@ def _profile(
     say(f"{name}: looking for cut points")
     analysis = Analysis(program, measure)
     chosen = balanced_places(analysis, blocks, name) if blocks else []
-    return profile(analysis, name, tensors=tensors, chosen=chosen, measured=measure)
+    return profile(analysis, name, tensors=tensors, chosen=chosen)
 
 
 def _script_profile(source: ScriptFile, blocks: int | None) -> Profile:
@@ -296,7 +314,8 @@ def _print_profile(shown: Profile) -> None:
     for index, (first, end, share) in enumerate(shown.blocks(), 1):
         if shown.chosen:
             typer.echo(
-                f"block {index}: {share:.1%} of the {shown.time_label}, "
+                f"block {index}: {share:.1%} of the "
+                f"{'measured' if shown.measured else 'modelled'} time, "
                 f"{size(weights[end] - weights[first])}, "
                 f"{operations(flops[end] - flops[first])} per row"
                 + (f", {1e3 * (seconds[end] - seconds[first]):.3f} ms" if shown.measured else "")
@@ -363,12 +382,27 @@ def _check_names(pipeline: str, device: str) -> None:
     )
 
 
-def _check_measure(device: str | None) -> None:
-    if device is not None and not re.fullmatch(r"cpu|cuda:\d+", device):
+def _measure(device: str | None, rows: int | None, precision: str | None) -> Measure | None:
+    """What the options --measure, --rows and --precision ask for."""
+    if device is None:
+        for option, given in (("--rows", rows), ("--precision", precision)):
+            if given is not None:
+                raise InvalidInput(
+                    f"{option} says how to measure, and goes with --measure cpu or --measure "
+                    "cuda:INDEX"
+                )
+        return None
+    if not re.fullmatch(r"cpu|cuda:\d+", device):
         raise InvalidInput(f"--measure takes cpu or cuda:INDEX, such as cuda:0, not {device!r}")
+    for known in get_args(Precision):
+        if known == (precision or "fp32"):
+            return Measure(device, ROWS if rows is None else rows, known)
+    raise InvalidInput(f"--precision takes {', '.join(get_args(Precision))}, not {precision!r}")
 
 
-def _print_split(result: SplitResult, topology: Topology, output: Path) -> None:
+def _print_split(
+    result: SplitResult, topology: Topology, output: Path, measured: Measure | None
+) -> None:
     console = Console()
     seconds = sum(block.seconds for block in result.blocks)
     print_table(
@@ -388,6 +422,8 @@ def _print_split(result: SplitResult, topology: Topology, output: Path) -> None:
     )
     (pipeline,) = topology.pipelines
     console.print()
+    if measured is not None:
+        typer.echo(f"cost is time on {measured}")
     typer.echo(f"pipeline {pipeline} is in {output}; next: blockflow serve --topology {output}")
 
 
