@@ -33,10 +33,7 @@ from blockflow.errors import (
     Unavailable,
 )
 from blockflow.export import has_rows
-from blockflow.joining import Joins, Verdict
-from blockflow.launches import Launches
-from blockflow.ledger import Entry, Ledger, ledger_path
-from blockflow.parts import (
+from blockflow.handover import (
     Arrival,
     Item,
     Leg,
@@ -49,6 +46,9 @@ from blockflow.parts import (
     nothing,
     runs,
 )
+from blockflow.joining import Joins, Verdict
+from blockflow.launches import Launches
+from blockflow.ledger import Entry, Ledger, ledger_path
 from blockflow.program import Program
 from blockflow.protocol import (
     BlockReport,

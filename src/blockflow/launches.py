@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import torch
 
+from blockflow.handover import Item
 from blockflow.ledger import Entry
-from blockflow.parts import Item
 from blockflow.protocol import Hop
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from blockflow.parts import Leg, Neighbour, Way
+from blockflow.handover import Leg, Neighbour, Way
 from blockflow.protocol import Route, RouteId, Step
 from blockflow.reconcile import BlockSpec
 from tensormq import Carrier, Peer, Push
