@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import threading
@@ -214,8 +213,10 @@ class Loop:
                 os.close(self._bell)
 
     def _woken(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # a callback before ran the loop itself
+        try:
             os.read(self._wake, 4096)
+        except BlockingIOError:
+            pass  # a callback before ran the loop itself
         # Only what was there: a callback that queues another must not starve the sockets. And one
         # that runs the loop itself may have taken some of these already.
         for _ in range(len(self._calls)):

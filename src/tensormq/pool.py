@@ -60,13 +60,15 @@ class SlotPool:
 
     def abandon(self, slot: int) -> None:
         """Give back a slot that was never sent."""
-        self._expect(slot, SlotState.FILLING)
+        if self._states[slot] is not SlotState.FILLING:
+            raise self._not_filling(slot)
         self._states[slot] = SlotState.FREE
         self._free.append(slot)
 
     def lease(self, slot: int, holders: Iterable[Hashable]) -> None:
         """The filled slot now belongs to `holders`, each of which must release it."""
-        self._expect(slot, SlotState.FILLING)
+        if self._states[slot] is not SlotState.FILLING:
+            raise self._not_filling(slot)
         members = set(holders)
         if not members:
             raise ValueError(f"slot {slot} must be leased to somebody")
@@ -81,8 +83,9 @@ class SlotPool:
         """
         if not 0 <= slot < len(self._states) or holder not in self._holders[slot]:
             raise KeyError(f"slot {slot} is not leased to {holder!r}")
-        self._holders[slot].discard(holder)
-        if self._holders[slot]:
+        holders = self._holders[slot]
+        holders.discard(holder)
+        if holders:
             return False
         self._states[slot] = SlotState.FREE
         self._free.append(slot)
@@ -104,6 +107,5 @@ class SlotPool:
             if bool(holders) != (state is SlotState.LEASED):
                 raise AssertionError(f"slot {slot} is {state.value} and held by {holders}")
 
-    def _expect(self, slot: int, state: SlotState) -> None:
-        if self._states[slot] is not state:
-            raise ValueError(f"slot {slot} is {self._states[slot].value}, not {state.value}")
+    def _not_filling(self, slot: int) -> ValueError:
+        return ValueError(f"slot {slot} is {self._states[slot].value}, not filling")

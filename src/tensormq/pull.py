@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -128,7 +129,7 @@ class _Channel:
         # For each slot the last message that the application's streams wait for.
         self._taken: dict[int, int] = {}
         self._views: host.Views | None = None
-        self._layouts: dict[bytes, wire.Layout] = {}
+        self.layouts: dict[bytes, wire.Layout] = {}
         self._one_clock = hello.abilities.process.host == pull._abilities.process.host
 
     def map(self, offer: wire.Offer) -> None:
@@ -158,21 +159,25 @@ class _Channel:
         self.slot_bytes = offer.slot_bytes
         self.open = True
 
-    def layout(self, encoded: bytes) -> wire.Layout:
-        """The layout that a descriptor names, checked. Raises ProtocolError."""
-        layout = self._layouts.get(encoded)
-        if layout is None:
-            layout = wire.parse_layout(encoded, self.slot_bytes)
-            if len(self._layouts) >= _MAX_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[encoded] = layout
+    def learn(self, encoded: bytes) -> wire.Layout:
+        """Check a layout that no descriptor had before. Raises ProtocolError."""
+        layout = wire.parse_layout(encoded, self.slot_bytes)
+        if len(self.layouts) >= _MAX_LAYOUTS:
+            self.layouts.clear()
+        self.layouts[encoded] = layout
         return layout
 
     def take(
         self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
     ) -> Message:
-        tensors = self._tensors(descriptor, layout, payload)
-        hop = self._since(descriptor.sent) if layout.specs else 0
+        tensors: dict[str, Any] = {}
+        hop = 0
+        if layout.specs:
+            tensors = self._tensors(descriptor, layout, payload)
+            if descriptor.sent and self._one_clock:
+                hop = time.monotonic_ns() - descriptor.sent
+                if not 0 < hop < wire.LONGEST_HOP:
+                    hop = 0  # the producer has said what cannot be
         statistics = self.statistics
         statistics.messages += 1
         statistics.bytes += layout.nbytes
@@ -185,8 +190,6 @@ class _Channel:
     def _tensors(
         self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
     ) -> dict[str, Any]:
-        if not layout.specs:
-            return {}
         slot = descriptor.slot
         if self._device is not None:
             self._taken[slot] = descriptor.sequence
@@ -197,27 +200,14 @@ class _Channel:
             raise ProtocolError("a descriptor without the bytes it describes")
         return {spec.name: self.pull._view(payload, spec, 0) for spec in layout.specs}
 
-    def _since(self, sent: int) -> int:
-        """Nanoseconds since a message was sent; 0 where that cannot be known."""
-        if not sent or not self._one_clock:
-            return 0
-        return max(0, time.monotonic_ns() - sent) & (wire.LONGEST_HOP - 1)
-
     def release(self, slot: int, sequence: int, hop: int) -> None:
         if self._device is not None:
             self._device.release(slot, sequence)
-            self._give_back(slot, sequence, hop)
         elif self._pinned is not None:
             # The GPU may still be copying from the slot.
-            self.pull._after_gpu(lambda: self._give_back(slot, sequence, hop))
-        else:
-            self._give_back(slot, sequence, hop)
-
-    def _give_back(self, slot: int, sequence: int, hop: int) -> None:
-        del self.leases[slot]
-        self.pull._give_back(self, wire.Release(self.epoch, sequence, slot, hop))
-        if self.ending and not self.leases:
-            self.pull._end(self)
+            self.pull._after_gpu(lambda: self.pull._give_back(self, slot, sequence, hop))
+            return
+        self.pull._give_back(self, slot, sequence, hop)
 
     def torn(self) -> tuple[set[int], dict[int, int]]:
         """What the dead producer announced and never completed: slots, and those taken.
@@ -390,11 +380,14 @@ class Pull:
                 log.warning("rejected a frame at %s: %s", self.endpoint, error)
 
     def _drain(self, channel: _Channel) -> None:
-        """Handle what a producer has put into its ring."""
+        """Accept what a producer has announced through its ring."""
+        if channel.line is None:
+            return
+        incoming = channel.line.incoming
         try:
-            while channel.line is not None and (frame := channel.line.incoming.read()) is not None:
+            while (frame := incoming.read()) is not None:
                 try:
-                    self._handle(channel.identity, wire.decode_to_consumer(frame), None)
+                    self._accept(channel, wire.decode_deliver(frame), None)
                 except ProtocolError as error:
                     self.rejected += 1
                     log.warning("rejected a frame at %s: %s", self.endpoint, error)
@@ -432,7 +425,8 @@ class Pull:
     def _accept(self, channel: _Channel, message: wire.Deliver, payload: memoryview | None) -> None:
         if not channel.open or message.epoch != channel.epoch or channel.ending:
             raise ProtocolError("a descriptor of a channel that is not open")
-        layout = channel.layout(bytes(message.tensors))
+        encoded = bytes(message.tensors)
+        layout = channel.layouts.get(encoded) or channel.learn(encoded)
         if layout.specs:
             wire.check_descriptor(message, channel.slots)
             if message.slot in channel.leases:
@@ -505,7 +499,7 @@ class Pull:
             return None
         channel.line = line
         channel.statistics.doorbell = Doorbell.RING
-        self._loop.watch_ring(line.incoming, lambda: self._drain(channel))
+        self._loop.watch_ring(line.incoming, partial(self._drain, channel))
         return self._loop.bell
 
     def _lose(self, channel: _Channel) -> None:
@@ -554,15 +548,17 @@ class Pull:
             channel.line.close()
             channel.line = None
 
-    def _give_back(self, channel: _Channel, release: wire.Release) -> None:
+    def _give_back(self, channel: _Channel, slot: int, sequence: int, hop: int) -> None:
+        del channel.leases[slot]
+        release = wire.Release(channel.epoch, sequence, slot, hop)
+        try:
+            if channel.line is None or not channel.line.send(wire.encode(release)):
+                self._answer(channel, release)
+        except RingBroken as error:
+            self._cut_off(channel, error)
         self._loop.stir()
-        if channel.line is not None:
-            try:
-                if channel.line.send(wire.encode(release)):
-                    return
-            except RingBroken as error:
-                self._cut_off(channel, error)
-        self._answer(channel, release)
+        if channel.ending and not channel.leases:
+            self._end(channel)
 
     def _answer(self, channel: _Channel, message: wire.ToProducer) -> None:
         if not self._socket.closed:

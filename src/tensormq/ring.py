@@ -44,6 +44,7 @@ _LINE_WORDS = 8
 _HEAD, _TAIL, _PARKED = 0, _LINE_WORDS, 2 * _LINE_WORDS
 HEADER_BYTES = 256
 _PREFIX = struct.Struct("<II")
+_PREFIX_BYTES = 8
 _AFTER_MASK = 0xFFFF_FFFF
 
 DOWN_BYTES = 1 << 16
@@ -83,7 +84,7 @@ class Writer:
         """
         length = len(frame)
         head = self._head
-        following = head + _PREFIX.size + (length + 7 & -8)
+        following = head + _PREFIX_BYTES + (length + 7 & -8)
         if following > self._limit:
             tail = self._words[_TAIL]
             if not 0 <= head - tail <= self._capacity:
@@ -93,7 +94,7 @@ class Writer:
                 return False
         start = head & (self._capacity - 1)
         _PREFIX.pack_into(self._data, start, length, after & _AFTER_MASK)
-        start += _PREFIX.size
+        start += _PREFIX_BYTES
         end = start + length
         if end <= self._capacity:
             self._data[start:end] = frame
@@ -149,29 +150,27 @@ class Reader:
 
         Raises RingBroken when what the writer says cannot be.
         """
-        if not self.ready:
-            return None
         tail = self._tail
-        head = self._words[_HEAD]
+        if self._held or (head := self._words[_HEAD]) == tail:
+            return None
         there = head - tail
-        if not _PREFIX.size <= there <= self._capacity or there & 7:
+        if not _PREFIX_BYTES <= there <= self._capacity or there & 7:
             raise RingBroken(f"its writer is said to be at {head} and its reader is at {tail}")
         start = tail & (self._capacity - 1)
         length, after = _PREFIX.unpack_from(self._data, start)
-        taken = _PREFIX.size + (length + 7 & -8)
+        taken = _PREFIX_BYTES + (length + 7 & -8)
         if taken > there:
             raise RingBroken(f"a frame of {length} bytes where {there} were written")
         if after != self._arrived:
             self._held = True
             return None
-        start += _PREFIX.size
+        start += _PREFIX_BYTES
         end = start + length
         if end <= self._capacity:
-            frame = bytes(self._data[start:end])
+            frame = self._data[start:end].tobytes()
         else:
             frame = bytes(self._data[start:]) + bytes(self._data[: end - self._capacity])
-        self._tail = tail + taken
-        self._words[_TAIL] = self._tail
+        self._tail = self._words[_TAIL] = tail + taken
         return frame
 
     def close(self) -> None:

@@ -21,7 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import TypeAlias
+from functools import partial
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -258,12 +259,15 @@ class Bye(_Frozen, frozen=True, tag="bye"):
 
 ToConsumer: TypeAlias = Hello | Offer | Deliver | Bye
 ToProducer: TypeAlias = Card | Welcome | Decline | Release | Bye
+_Said = TypeVar("_Said")
 
 _encoder = msgspec.msgpack.Encoder()
 _layouts: msgspec.msgpack.Decoder[tuple[TensorSpec, ...]]
 _layouts = msgspec.msgpack.Decoder(tuple[TensorSpec, ...])
 _to_consumer: msgspec.msgpack.Decoder[ToConsumer] = msgspec.msgpack.Decoder(ToConsumer)
 _to_producer: msgspec.msgpack.Decoder[ToProducer] = msgspec.msgpack.Decoder(ToProducer)
+_deliver = msgspec.msgpack.Decoder(Deliver)
+_release = msgspec.msgpack.Decoder(Release)
 
 
 def encode(message: ToConsumer | ToProducer) -> bytes:
@@ -271,33 +275,37 @@ def encode(message: ToConsumer | ToProducer) -> bytes:
     return MAGIC + _encoder.encode(message)
 
 
-def _body(frame: bytes) -> memoryview:
+def _decode(decoder: msgspec.msgpack.Decoder[_Said], frame: bytes) -> _Said:
+    if len(frame) > MAX_FRAME or not frame.startswith(MAGIC):
+        raise _foreign(frame)
+    try:
+        return decoder.decode(memoryview(frame)[len(MAGIC) :])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a message of this protocol: {error}") from None
+
+
+def _foreign(frame: bytes) -> ProtocolError:
     if len(frame) > MAX_FRAME:
-        raise ProtocolError(f"a frame of {len(frame)} bytes; at most {MAX_FRAME} are allowed")
-    if frame.startswith(MAGIC):
-        return memoryview(frame)[len(MAGIC) :]
+        return ProtocolError(f"a frame of {len(frame)} bytes; at most {MAX_FRAME} are allowed")
     if not frame.startswith(MAGIC[:3]):
-        raise ProtocolError("the frame does not start with TMQ: the peer does not speak TensorMQ")
-    raise ProtocolError(
+        return ProtocolError("the frame does not start with TMQ: the peer does not speak TensorMQ")
+    return ProtocolError(
         f"the peer speaks version {frame[3] if len(frame) > 3 else '?'} of the wire format, "
         f"this end version {VERSION}"
     )
 
 
-def decode_to_consumer(frame: bytes) -> ToConsumer:
-    """Parse what a producer sent. Raises ProtocolError, and nothing else, for any other bytes."""
-    try:
-        return _to_consumer.decode(_body(frame))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a message of this protocol: {error}") from None
+decode_to_consumer = partial(_decode, _to_consumer)
+"""Parse what a producer sent. Raises ProtocolError, and nothing else, for any other bytes."""
 
+decode_to_producer = partial(_decode, _to_producer)
+"""Parse what a consumer sent, in the same way."""
 
-def decode_to_producer(frame: bytes) -> ToProducer:
-    """Parse what a consumer sent. Raises ProtocolError, and nothing else, for any other bytes."""
-    try:
-        return _to_producer.decode(_body(frame))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a message of this protocol: {error}") from None
+decode_deliver = partial(_decode, _deliver)
+"""Parse what a producer put into its ring, where nothing else may be."""
+
+decode_release = partial(_decode, _release)
+"""Parse what a consumer put into its ring, where nothing else may be."""
 
 
 def lay_out(
