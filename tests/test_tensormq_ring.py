@@ -332,6 +332,25 @@ def test_a_goodbye_does_not_overtake_the_ring(ends: tuple[Pull, Push, Peer]) -> 
     assert [message.route for message in iter(pull.poll, None)] == list(range(20))
 
 
+@pytest.mark.parametrize("damage", ["bye", "another version"])
+def test_what_may_not_be_in_a_ring_is_rejected_and_the_rest_goes_on(
+    ends: tuple[Pull, Push, Peer], damage: str
+) -> None:
+    pull, push, peer = ends
+    (channel,) = pull._channels.values()
+    assert peer._line is not None and channel.line is not None
+    frame = wire.encode(wire.Bye(peer.epoch))
+    if damage == "another version":
+        frame = b"TMQ\x09" + frame[4:]
+    assert peer._line.send(frame)
+    assert channel.line.send(frame)
+    push.send({"x": np.ones(2)}, to=peer)
+    pull.recv(timeout=1).release()
+    assert push._loop.run_until(lambda: push.free_slots == 2, timeout=1)
+    assert (pull.rejected, push.rejected) == (1, 1)
+    assert peer.lost is None
+
+
 def test_a_producer_that_breaks_its_ring_loses_its_channel(
     ends: tuple[Pull, Push, Peer], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -168,13 +168,12 @@ class Views:
         self._known.clear()
 
 
-def copy_bytes(tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy each source into its destination of the same shape and dtype, in host memory."""
-    for destination, source in tensors:
-        if isinstance(destination, np.ndarray):
-            np.copyto(destination, np.asarray(source), casting="no")
-        else:
-            copy_torch(destination, source)
+def copy(destination: Tensor, source: Tensor) -> None:
+    """Copy into a destination of the same shape and dtype, in host memory."""
+    if isinstance(destination, np.ndarray):
+        np.copyto(destination, np.asarray(source), casting="no")
+    else:
+        copy_torch(destination, source)
 
 
 def copy_torch(destination: torch.Tensor, source: Tensor, non_blocking: bool = False) -> None:

@@ -49,7 +49,6 @@ class Message:
     __slots__ = (
         "_channel",
         "_hop",
-        "_released",
         "_sequence",
         "_slot",
         "note",
@@ -68,7 +67,6 @@ class Message:
         self._channel = channel
         self._slot = descriptor.slot
         self._sequence = descriptor.sequence
-        self._released = False
         self._hop = hop
 
     @property
@@ -85,11 +83,11 @@ class Message:
 
     def release(self) -> None:
         """Give the slot back; the second and later calls do nothing."""
-        if not self._released:
-            self._released = True
+        slot = self._slot
+        if slot >= 0:
+            self._slot = -1
             self.tensors = {}
-            if self._slot >= 0:
-                self._channel.release(self._slot, self._sequence, self._hop)
+            self._channel.release(slot, self._sequence, self._hop)
 
     def __enter__(self) -> Self:
         return self
@@ -118,6 +116,7 @@ class _Channel:
         self.slots = 0
         self.slot_bytes = 0
         self.open = False
+        self.inline = False
         self.ending = False
         # Slots that are leased to this end, in the order of their arrival; when that was, in ns.
         self.leases: dict[int, int] = {}
@@ -155,6 +154,7 @@ class _Channel:
             case _:
                 raise NegotiationError(f"carrier {offer.carrier} does not go with {offer.slab}")
         self.statistics.carrier = offer.carrier
+        self.inline = offer.carrier is Carrier.INLINE
         self.slots = offer.slots
         self.slot_bytes = offer.slot_bytes
         self.open = True
@@ -170,32 +170,32 @@ class _Channel:
     def take(
         self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
     ) -> Message:
+        statistics = self.statistics
         tensors: dict[str, Any] = {}
         hop = 0
-        if layout.specs:
-            tensors = self._tensors(descriptor, layout, payload)
-            if descriptor.sent and self._one_clock:
+        slot = descriptor.slot
+        if slot >= 0:
+            if self._device is not None:
+                self._taken[slot] = descriptor.sequence
+                self._device.expect(slot, descriptor.sequence)
+            if self._views is not None:
+                tensors = self._views.lend(slot, layout)
+            else:
+                tensors = self._parse(payload, layout)
+            if self._one_clock and descriptor.sent:
                 hop = time.monotonic_ns() - descriptor.sent
-                if not 0 < hop < wire.LONGEST_HOP:
-                    hop = 0  # the producer has said what cannot be
-        statistics = self.statistics
+                if 0 < hop < wire.LONGEST_HOP:
+                    statistics.hops.add(hop)
+                else:
+                    hop = 0  # the producer said what cannot be
         statistics.messages += 1
         statistics.bytes += layout.nbytes
         if self._device is None:
             statistics.host_bytes += layout.nbytes
-        if hop:
-            statistics.hops.add(hop)
         return Message(self, descriptor, tensors, hop)
 
-    def _tensors(
-        self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
-    ) -> dict[str, Any]:
-        slot = descriptor.slot
-        if self._device is not None:
-            self._taken[slot] = descriptor.sequence
-            self._device.expect(slot, descriptor.sequence)
-        if self._views is not None:
-            return self._views.lend(slot, layout)
+    def _parse(self, payload: memoryview | None, layout: wire.Layout) -> dict[str, Any]:
+        """Tensors that came as bytes."""
         if payload is None:
             raise ProtocolError("a descriptor without the bytes it describes")
         return {spec.name: self.pull._view(payload, spec, 0) for spec in layout.specs}
@@ -431,7 +431,7 @@ class Pull:
             wire.check_descriptor(message, channel.slots)
             if message.slot in channel.leases:
                 raise ProtocolError(f"slot {message.slot}, which was not released, once more")
-            if channel.statistics.carrier is Carrier.INLINE and (
+            if channel.inline and (
                 payload is None or not layout.end <= payload.nbytes <= channel.slot_bytes
             ):
                 raise ProtocolError("a descriptor without the bytes it describes, or with more")
@@ -552,10 +552,12 @@ class Pull:
         del channel.leases[slot]
         release = wire.Release(channel.epoch, sequence, slot, hop)
         try:
-            if channel.line is None or not channel.line.send(wire.encode(release)):
-                self._answer(channel, release)
+            through_ring = channel.line is not None and channel.line.send(wire.encode(release))
         except RingBroken as error:
+            through_ring = False
             self._cut_off(channel, error)
+        if not through_ring:
+            self._answer(channel, release)
         self._loop.stir()
         if channel.ending and not channel.leases:
             self._end(channel)

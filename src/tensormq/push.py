@@ -79,6 +79,7 @@ class _Lane:
     ) -> None:
         self.slab = slab
         self.device: DeviceSlab | None = None  # the slab, where it is on a GPU
+        self.inline = slab.carrier is Carrier.INLINE
         self.views = views
         self.nonce = nonce
         self.pinned: PinnedMemory | None = None
@@ -425,7 +426,8 @@ class Push:
             for name, view in views:
                 host.copy_torch(view, tensors[name], non_blocking=True)
         else:
-            host.copy_bytes([(view, tensors[name]) for name, view in views])
+            for name, view in views:
+                host.copy(view, tensors[name])
 
     def _descriptors(
         self,
@@ -488,7 +490,7 @@ class Push:
         for peer, frame in frames.items():
             if peer.lost is not None:
                 continue  # its leases came back when it was lost
-            if lane.slab.carrier is Carrier.INLINE:
+            if lane.inline:
                 slab = _host_slab(lane)
                 base = slab.base(slot)
                 # The slot stays leased until the consumer has the bytes: no need to copy them.

@@ -279,7 +279,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[_Said], frame: bytes) -> _Said:
     if len(frame) > MAX_FRAME or not frame.startswith(MAGIC):
         raise _foreign(frame)
     try:
-        return decoder.decode(memoryview(frame)[len(MAGIC) :])
+        return decoder.decode(frame[len(MAGIC) :])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a message of this protocol: {error}") from None
 
