@@ -170,6 +170,7 @@ class _Channel:
     def take(
         self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
     ) -> Message:
+        # Only now does the current stream wait for the content: work on earlier messages must not.
         statistics = self.statistics
         tensors: dict[str, Any] = {}
         hop = 0
@@ -318,14 +319,13 @@ class Pull:
         """The next message, in the order of arrival. Raises Timeout after `timeout` seconds."""
         if not self._inbox and not self._loop.run_until(lambda: bool(self._inbox), timeout):
             raise Timeout(f"no message at {self.endpoint} within {timeout} s")
-        return self._take()
+        channel, descriptor, layout, payload = self._inbox.popleft()
+        return channel.take(descriptor, layout, payload)
 
     def poll(self) -> Message | None:
         """The next message if one is there already; for callers that run the loop themselves."""
-        return self._take() if self._inbox else None
-
-    def _take(self) -> Message:
-        # Only now does the current stream wait for the content: work on earlier messages must not.
+        if not self._inbox:
+            return None
         channel, descriptor, layout, payload = self._inbox.popleft()
         return channel.take(descriptor, layout, payload)
 
@@ -552,7 +552,9 @@ class Pull:
         del channel.leases[slot]
         release = wire.Release(channel.epoch, sequence, slot, hop)
         try:
-            through_ring = channel.line is not None and channel.line.send(wire.encode(release))
+            through_ring = channel.line is not None and channel.line.outgoing.write(
+                wire.encode(release)
+            )
         except RingBroken as error:
             through_ring = False
             self._cut_off(channel, error)

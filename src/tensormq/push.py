@@ -356,8 +356,7 @@ class Push:
             for peer in peers:
                 self._live(peer)
             frames = self._descriptors(peers, 0, -1, wire.NO_TENSORS, extras)
-            for peer, frame in frames.items():
-                self._hand(peer, frame)
+            self._announce(None, -1, wire.NO_TENSORS, frames)
             return
         key = tuple([(name, t.dtype, t.shape) for name, t in tensors.items()])
         layout = self._layouts.get(key)
@@ -485,24 +484,31 @@ class Push:
             lane.device.publish(slot, sequence, frames)
 
     def _announce(
-        self, lane: _Lane, slot: int, layout: wire.Layout, frames: dict[Peer, bytes]
+        self, lane: _Lane | None, slot: int, layout: wire.Layout, frames: dict[Peer, bytes]
     ) -> None:
+        """Send each peer its frame, the quickest way there is. No lane: there are no tensors."""
         for peer, frame in frames.items():
             if peer.lost is not None:
                 continue  # its leases came back when it was lost
-            if lane.inline:
-                slab = _host_slab(lane)
-                base = slab.base(slot)
-                # The slot stays leased until the consumer has the bytes: no need to copy them.
-                self._say(peer, [frame, slab.memory[base : base + layout.end]], copy=False)
-            else:
-                self._hand(peer, frame)
+            try:
+                if lane is not None and lane.inline:
+                    slab = _host_slab(lane)
+                    base = slab.base(slot)
+                    # The slot stays leased until the consumer has the bytes: no need to copy them.
+                    self._say(peer, [frame, slab.memory[base : base + layout.end]], copy=False)
+                elif peer._line is None or not peer._line.outgoing.write(frame):
+                    self._say(peer, [frame])
+            except RingBroken as error:
+                self._cut_off(peer, error)
+            if lane is None:
+                continue
             # Counted when the consumer is at work already.
             statistics = peer.statistics
             statistics.messages += 1
             statistics.bytes += layout.nbytes
             if lane.device is None:
                 statistics.host_bytes += layout.nbytes
+        self._loop.stir()
 
     def _after_gpu(self, announce: Callable[[], None]) -> None:
         """Announce tensors in host memory once the GPU has copied them there."""
@@ -521,15 +527,6 @@ class Push:
     def _say(self, peer: Peer, frames: list[Any], copy: bool = True) -> None:
         if not peer._socket.closed:
             peer._socket.send_multipart(frames, copy=copy)
-
-    def _hand(self, peer: Peer, frame: bytes) -> None:
-        """Send what is nothing but a frame the quickest way there is."""
-        try:
-            if peer._line is None or not peer._line.send(frame):
-                self._say(peer, [frame])
-        except RingBroken as error:
-            self._cut_off(peer, error)
-        self._loop.stir()
 
     # What comes back
 

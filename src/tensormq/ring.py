@@ -73,14 +73,16 @@ class Writer:
         self._capacity = len(self._data)
         self._bell = bell
         self._head = 0
+        self._detoured = 0
         self._limit = self._capacity  # up to here there was room when the tail was last read
         self._fence = threading.Lock()
 
-    def write(self, frame: bytes, after: int) -> bool:
-        """Put `frame` in and wake a sleeping reader; False when there is no room for it now.
+    def write(self, frame: bytes) -> bool:
+        """Put `frame` in and wake a sleeping reader.
 
-        A process that is killed in here leaves a frame that was not published, and so is not
-        there. Raises RingBroken when the reader's position cannot be.
+        False when there is no room for it now: then it has to be sent through the socket, before
+        anything else is sent. A process that is killed in here leaves a frame that was not
+        published, and so is not there. Raises RingBroken when the reader's position cannot be.
         """
         length = len(frame)
         head = self._head
@@ -91,9 +93,10 @@ class Writer:
                 raise RingBroken(f"its reader is said to be at {tail} and its writer at {head}")
             self._limit = tail + self._capacity
             if following > self._limit:
+                self._detoured = self._detoured + 1 & _AFTER_MASK
                 return False
         start = head & (self._capacity - 1)
-        _PREFIX.pack_into(self._data, start, length, after & _AFTER_MASK)
+        _PREFIX.pack_into(self._data, start, length, self._detoured)
         start += _PREFIX_BYTES
         end = start + length
         if end <= self._capacity:
@@ -194,24 +197,13 @@ class Line:
     """One end of a channel's two rings: frames out, frames in."""
 
     def __init__(self, memory: mmap.mmap, outgoing: Writer, incoming: Reader) -> None:
+        self.outgoing = outgoing
         self.incoming = incoming
         self._memory = memory
-        self._outgoing = outgoing
-        self._detoured = 0
-
-    def send(self, frame: bytes) -> bool:
-        """Send through the ring; False when there is no room, and it has to take the socket.
-
-        Raises RingBroken.
-        """
-        if self._outgoing.write(frame, self._detoured):
-            return True
-        self._detoured += 1
-        return False
 
     def close(self) -> None:
         """Unmap the memory and give up the bell."""
-        self._outgoing.close()
+        self.outgoing.close()
         self.incoming.close()
         self._memory.close()
 
