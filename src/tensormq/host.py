@@ -138,34 +138,46 @@ class HostMapping:
 class Views:
     """Tensors over the slots of one slab, made once for each slot and layout.
 
-    Making one costs several times as much as all else that a message needs of Python.
+    Making one costs several times as much as all else that a message needs of Python, and a new
+    object of the same tensor is not for nothing either: the next one is made ahead.
     """
 
     def __init__(self, make: Callable[[int, wire.TensorSpec], Any], numpy: bool) -> None:
         self._make = make
         self._numpy = numpy
         self._known: dict[tuple[int, wire.Layout], list[tuple[str, Any]]] = {}
+        self._stock: dict[tuple[int, wire.Layout], dict[str, Any]] = {}
 
     def own(self, slot: int, layout: wire.Layout) -> list[tuple[str, Any]]:
         """Names and tensors, to be used and not to be given away."""
         views = self._known.get((slot, layout))
         if views is None:
             if len(self._known) >= _MAX_VIEWS:
-                self._known.clear()
+                self.close()
             views = [(spec.name, self._make(slot, spec)) for spec in layout.specs]
             self._known[slot, layout] = views
         return views
 
     def lend(self, slot: int, layout: wire.Layout) -> dict[str, Any]:
         """The same for the application, which may change what a tensor object says of itself."""
-        views = self._known.get((slot, layout)) or self.own(slot, layout)
+        return self._stock.pop((slot, layout), None) or self._copies(slot, layout)
+
+    def restock(self, slot: int, layout: wire.Layout) -> None:
+        """Make what `lend` will give next, now that nobody waits for it.
+
+        With cold caches torch takes longer for one than it takes to parse the descriptor.
+        """
+        self._stock[slot, layout] = self._copies(slot, layout)
+
+    def _copies(self, slot: int, layout: wire.Layout) -> dict[str, Any]:
         if self._numpy:
-            return {name: view.view() for name, view in views}
-        return {name: view.detach() for name, view in views}
+            return {name: view.view() for name, view in self.own(slot, layout)}
+        return {name: view.detach() for name, view in self.own(slot, layout)}
 
     def close(self) -> None:
         """Forget the tensors, which keep the slab mapped."""
         self._known.clear()
+        self._stock.clear()
 
 
 def copy(destination: Tensor, source: Tensor) -> None:

@@ -49,6 +49,7 @@ class Message:
     __slots__ = (
         "_channel",
         "_hop",
+        "_layout",
         "_sequence",
         "_slot",
         "note",
@@ -58,7 +59,12 @@ class Message:
     )
 
     def __init__(
-        self, channel: _Channel, descriptor: wire.Deliver, tensors: Mapping[str, Any], hop: int
+        self,
+        channel: _Channel,
+        descriptor: wire.Deliver,
+        layout: wire.Layout,
+        tensors: Mapping[str, Any],
+        hop: int,
     ) -> None:
         self.tensors = tensors
         self.requests: tuple[Request, ...] = descriptor.requests
@@ -67,6 +73,7 @@ class Message:
         self._channel = channel
         self._slot = descriptor.slot
         self._sequence = descriptor.sequence
+        self._layout = layout
         self._hop = hop
 
     @property
@@ -87,7 +94,7 @@ class Message:
         if slot >= 0:
             self._slot = -1
             self.tensors = {}
-            self._channel.release(slot, self._sequence, self._hop)
+            self._channel.release(slot, self._sequence, self._layout, self._hop)
 
     def __enter__(self) -> Self:
         return self
@@ -193,7 +200,7 @@ class _Channel:
         statistics.bytes += layout.nbytes
         if self._device is None:
             statistics.host_bytes += layout.nbytes
-        return Message(self, descriptor, tensors, hop)
+        return Message(self, descriptor, layout, tensors, hop)
 
     def _parse(self, payload: memoryview | None, layout: wire.Layout) -> dict[str, Any]:
         """Tensors that came as bytes."""
@@ -201,14 +208,16 @@ class _Channel:
             raise ProtocolError("a descriptor without the bytes it describes")
         return {spec.name: self.pull._view(payload, spec, 0) for spec in layout.specs}
 
-    def release(self, slot: int, sequence: int, hop: int) -> None:
-        if self._device is not None:
-            self._device.release(slot, sequence)
-        elif self._pinned is not None:
+    def release(self, slot: int, sequence: int, layout: wire.Layout, hop: int) -> None:
+        if self._pinned is not None:
             # The GPU may still be copying from the slot.
             self.pull._after_gpu(lambda: self.pull._give_back(self, slot, sequence, hop))
-            return
-        self.pull._give_back(self, slot, sequence, hop)
+        else:
+            if self._device is not None:
+                self._device.release(slot, sequence)
+            self.pull._give_back(self, slot, sequence, hop)
+        if self._views is not None:  # the channel may have ended with its last lease
+            self._views.restock(slot, layout)
 
     def torn(self) -> tuple[set[int], dict[int, int]]:
         """What the dead producer announced and never completed: slots, and those taken.

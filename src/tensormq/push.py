@@ -351,6 +351,7 @@ class Push:
                     raise ValueError("a Filling goes only to peers that it was allocated for")
             tensors._done = True
             self._post(lane, tensors._slot, tensors._layout, peers, extras)
+            lane.views.restock(tensors._slot, tensors._layout)
             return
         if not tensors:
             for peer in peers:

@@ -33,7 +33,6 @@ import fcntl
 import mmap
 import os
 import platform
-import struct
 import sys
 import threading
 
@@ -43,9 +42,10 @@ from .errors import NegotiationError, RingBroken
 _LINE_WORDS = 8
 _HEAD, _TAIL, _PARKED = 0, _LINE_WORDS, 2 * _LINE_WORDS
 HEADER_BYTES = 256
-_PREFIX = struct.Struct("<II")
+_FIRST = HEADER_BYTES // 8  # the word after the header
 _PREFIX_BYTES = 8
-_AFTER_MASK = 0xFFFF_FFFF
+_HALF = 32  # bits of a frame's prefix: length below, `after` above
+_MASK = 0xFFFF_FFFF
 
 DOWN_BYTES = 1 << 16
 """Capacity of the ring from a producer to a consumer: more than a hundred usual descriptors."""
@@ -68,7 +68,7 @@ class Writer:
     """The writing end. `bell` is the pipe of the reader's loop, open for writing."""
 
     def __init__(self, memory: memoryview, bell: int) -> None:
-        self._words = memory[:HEADER_BYTES].cast("Q")
+        self._words = memory.cast("Q")
         self._data = memory[HEADER_BYTES:]
         self._capacity = len(self._data)
         self._bell = bell
@@ -93,10 +93,10 @@ class Writer:
                 raise RingBroken(f"its reader is said to be at {tail} and its writer at {head}")
             self._limit = tail + self._capacity
             if following > self._limit:
-                self._detoured = self._detoured + 1 & _AFTER_MASK
+                self._detoured = self._detoured + 1 & _MASK
                 return False
         start = head & (self._capacity - 1)
-        _PREFIX.pack_into(self._data, start, length, self._detoured)
+        self._words[_FIRST + (start >> 3)] = self._detoured << _HALF | length
         start += _PREFIX_BYTES
         end = start + length
         if end <= self._capacity:
@@ -124,7 +124,7 @@ class Reader:
     """The reading end."""
 
     def __init__(self, memory: memoryview) -> None:
-        self._words = memory[:HEADER_BYTES].cast("Q")
+        self._words = memory.cast("Q")
         self._data = memory[HEADER_BYTES:]
         self._capacity = len(self._data)
         self._tail = 0
@@ -133,7 +133,7 @@ class Reader:
 
     def arrive(self) -> None:
         """A message of this direction has come through the socket."""
-        self._arrived = self._arrived + 1 & _AFTER_MASK
+        self._arrived = self._arrived + 1 & _MASK
         self._held = False
 
     @property
@@ -160,11 +160,12 @@ class Reader:
         if not _PREFIX_BYTES <= there <= self._capacity or there & 7:
             raise RingBroken(f"its writer is said to be at {head} and its reader is at {tail}")
         start = tail & (self._capacity - 1)
-        length, after = _PREFIX.unpack_from(self._data, start)
+        prefix = self._words[_FIRST + (start >> 3)]
+        length = prefix & _MASK
         taken = _PREFIX_BYTES + (length + 7 & -8)
         if taken > there:
             raise RingBroken(f"a frame of {length} bytes where {there} were written")
-        if after != self._arrived:
+        if prefix >> _HALF != self._arrived:
             self._held = True
             return None
         start += _PREFIX_BYTES

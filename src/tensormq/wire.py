@@ -261,7 +261,7 @@ ToConsumer: TypeAlias = Hello | Offer | Deliver | Bye
 ToProducer: TypeAlias = Card | Welcome | Decline | Release | Bye
 _Said = TypeVar("_Said")
 
-_encoder = msgspec.msgpack.Encoder()
+_encode = msgspec.msgpack.Encoder().encode
 _layouts: msgspec.msgpack.Decoder[tuple[TensorSpec, ...]]
 _layouts = msgspec.msgpack.Decoder(tuple[TensorSpec, ...])
 _to_consumer: msgspec.msgpack.Decoder[ToConsumer] = msgspec.msgpack.Decoder(ToConsumer)
@@ -272,14 +272,14 @@ _release = msgspec.msgpack.Decoder(Release)
 
 def encode(message: ToConsumer | ToProducer) -> bytes:
     """The frame that says `message`."""
-    return MAGIC + _encoder.encode(message)
+    return MAGIC + _encode(message)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[_Said], frame: bytes) -> _Said:
     if len(frame) > MAX_FRAME or not frame.startswith(MAGIC):
         raise _foreign(frame)
     try:
-        return decoder.decode(frame[len(MAGIC) :])
+        return decoder.decode(frame[4:])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a message of this protocol: {error}") from None
 
@@ -352,7 +352,7 @@ class Layout:
 
     def __init__(self, specs: tuple[TensorSpec, ...]) -> None:
         self.specs = specs
-        self.encoded = msgspec.Raw(_encoder.encode(specs))
+        self.encoded = msgspec.Raw(_encode(specs))
         self.nbytes = sum(spec.nbytes for spec in specs)
         self.end = max((spec.offset + spec.nbytes for spec in specs), default=0)
 
