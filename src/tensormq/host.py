@@ -165,9 +165,11 @@ class Views:
     def restock(self, slot: int, layout: wire.Layout) -> None:
         """Make what `lend` will give next, now that nobody waits for it.
 
-        With cold caches torch takes longer for one than it takes to parse the descriptor.
+        With cold caches torch takes longer for one than it takes to parse the descriptor. NumPy
+        is quicker than the keeping of them.
         """
-        self._stock[slot, layout] = self._copies(slot, layout)
+        if not self._numpy:
+            self._stock[slot, layout] = self._copies(slot, layout)
 
     def _copies(self, slot: int, layout: wire.Layout) -> dict[str, Any]:
         if self._numpy:
