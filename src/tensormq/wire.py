@@ -19,9 +19,8 @@ A channel is opened by the producer:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from functools import partial
 from typing import TypeAlias, TypeVar
 
 import msgspec
@@ -30,6 +29,7 @@ from .errors import ProtocolError, TensorTooLarge, UnsupportedTensor
 
 VERSION = 2
 MAGIC = b"TMQ" + bytes([VERSION])
+_MAGIC_BYTES = len(MAGIC)
 MAX_FRAME = 128 * 1024
 """Bytes of the longest frame that may be parsed; descriptors take a few hundred."""
 
@@ -266,22 +266,11 @@ _layouts: msgspec.msgpack.Decoder[tuple[TensorSpec, ...]]
 _layouts = msgspec.msgpack.Decoder(tuple[TensorSpec, ...])
 _to_consumer: msgspec.msgpack.Decoder[ToConsumer] = msgspec.msgpack.Decoder(ToConsumer)
 _to_producer: msgspec.msgpack.Decoder[ToProducer] = msgspec.msgpack.Decoder(ToProducer)
-_deliver = msgspec.msgpack.Decoder(Deliver)
-_release = msgspec.msgpack.Decoder(Release)
 
 
 def encode(message: ToConsumer | ToProducer) -> bytes:
     """The frame that says `message`."""
     return MAGIC + _encode(message)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[_Said], frame: bytes) -> _Said:
-    if len(frame) > MAX_FRAME or not frame.startswith(MAGIC):
-        raise _foreign(frame)
-    try:
-        return decoder.decode(frame[4:])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a message of this protocol: {error}") from None
 
 
 def _foreign(frame: bytes) -> ProtocolError:
@@ -295,16 +284,28 @@ def _foreign(frame: bytes) -> ProtocolError:
     )
 
 
-decode_to_consumer = partial(_decode, _to_consumer)
+def _decoder(decode: Callable[[bytes], _Said]) -> Callable[[bytes], _Said]:
+    def from_frame(frame: bytes) -> _Said:
+        if len(frame) > MAX_FRAME or not frame.startswith(MAGIC):
+            raise _foreign(frame)
+        try:
+            return decode(frame[_MAGIC_BYTES:])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"not a message of this protocol: {error}") from None
+
+    return from_frame
+
+
+decode_to_consumer = _decoder(_to_consumer.decode)
 """Parse what a producer sent. Raises ProtocolError, and nothing else, for any other bytes."""
 
-decode_to_producer = partial(_decode, _to_producer)
+decode_to_producer = _decoder(_to_producer.decode)
 """Parse what a consumer sent, in the same way."""
 
-decode_deliver = partial(_decode, _deliver)
+decode_deliver = _decoder(msgspec.msgpack.Decoder(Deliver).decode)
 """Parse what a producer put into its ring, where nothing else may be."""
 
-decode_release = partial(_decode, _release)
+decode_release = _decoder(msgspec.msgpack.Decoder(Release).decode)
 """Parse what a consumer put into its ring, where nothing else may be."""
 
 
