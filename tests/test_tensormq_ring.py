@@ -396,6 +396,22 @@ def test_a_consumer_that_breaks_its_ring_is_left(
     assert pull._loop.run_until(lambda: not pull._channels, timeout=1)
 
 
+def test_an_end_may_close_when_it_hears_of_a_loss_in_the_middle_of_a_send(run_dir: Path) -> None:
+    with Loop() as loop, Pull(f"ipc://{run_dir}/x.sock", device="cpu", loop=loop) as pull:
+        push = Push(slot_bytes=256, device="cpu", loop=loop)
+        push.on_lost = lambda _: push.close()
+        peer = push.connect(pull.endpoint)
+        filling = push.allocate({"x": ("float32", (2,))}, to=peer)
+        for _ in range(6):  # the seventh does not fit: only then the reader's position is read
+            push.send({}, to=peer, note=bytes(10_000))
+        (channel,) = pull._channels.values()
+        assert channel.line is not None
+        channel.line.incoming._words[8] = 1 << 60
+        push.send(filling, to=peer, note=bytes(10_000))
+        assert peer.lost is not None
+        assert push.peers == ()
+
+
 def test_a_loop_that_spins_lets_other_threads_in() -> None:
     calls: list[int] = []
     with Loop(spin=5.0) as loop:

@@ -160,7 +160,7 @@ class Views:
 
     def lend(self, slot: int, layout: wire.Layout) -> dict[str, Any]:
         """The same for the application, which may change what a tensor object says of itself."""
-        return self._stock.pop((slot, layout), None) or self._copies(slot, layout)
+        return self._stock.pop((slot, layout), None) or self._copies(self.own(slot, layout))
 
     def restock(self, slot: int, layout: wire.Layout) -> None:
         """Make what `lend` will give next, now that nobody waits for it.
@@ -168,13 +168,14 @@ class Views:
         With cold caches torch takes longer for one than it takes to parse the descriptor. NumPy
         is quicker than the keeping of them.
         """
-        if not self._numpy:
-            self._stock[slot, layout] = self._copies(slot, layout)
+        views = self._known.get((slot, layout))
+        if views and not self._numpy:  # none after `close`
+            self._stock[slot, layout] = self._copies(views)
 
-    def _copies(self, slot: int, layout: wire.Layout) -> dict[str, Any]:
+    def _copies(self, views: list[tuple[str, Any]]) -> dict[str, Any]:
         if self._numpy:
-            return {name: view.view() for name, view in self.own(slot, layout)}
-        return {name: view.detach() for name, view in self.own(slot, layout)}
+            return {name: view.view() for name, view in views}
+        return {name: view.detach() for name, view in views}
 
     def close(self) -> None:
         """Forget the tensors, which keep the slab mapped."""

@@ -177,13 +177,14 @@ class _Channel:
     def take(
         self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
     ) -> Message:
-        # Only now does the current stream wait for the content: work on earlier messages must not.
         statistics = self.statistics
         tensors: dict[str, Any] = {}
         hop = 0
         slot = descriptor.slot
         if slot >= 0:
             if self._device is not None:
+                # Only now does the current stream wait for the content: work on earlier messages
+                # must not.
                 self._taken[slot] = descriptor.sequence
                 self._device.expect(slot, descriptor.sequence)
             if self._views is not None:

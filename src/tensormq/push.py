@@ -378,11 +378,11 @@ class Push:
         for lane, members, slot in slots:
             self._post(lane, slot, layout, members, extras)
 
-    def _by_lane(self, peers: Sequence[Peer]) -> dict[_Lane, Sequence[Peer]]:
+    def _by_lane(self, peers: Sequence[Peer]) -> Mapping[_Lane, Sequence[Peer]]:
         groups: dict[_Lane, list[Peer]] = {}
         for peer in peers:
             groups.setdefault(self._live(peer), []).append(peer)
-        return {**groups}
+        return groups
 
     def _learn(
         self, key: object, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
