@@ -106,9 +106,9 @@ def _fuzz_ring() -> str:
     memory = memoryview(bytearray(HEADER_BYTES + _CAPACITY))
     writer, reader = Writer(memory, bell=-1), Reader(memory)
     for _ in range(random.randrange(6)):
-        writer.write(bytes(random.randrange(900)), 0)
+        writer.write(bytes(random.randrange(900)))
         reader.read()
-    writer.write(b"the last honest one", 0)
+    writer.write(b"the last honest one")
     at = random.choice([0, 0, 64, 128, HEADER_BYTES + random.randrange(_CAPACITY - 8)])
     near = random.randrange(3 * _CAPACITY).to_bytes(8, "little")
     memory[at : at + 8] = near if random.random() < 0.5 else random.randbytes(8)
@@ -125,7 +125,7 @@ def _fuzz_ring() -> str:
         outcome = "rings refused by their reader"
     try:
         memory[128:136] = bytes(8)  # nobody sleeps: there is no bell here
-        while writer.write(bytes(300), 0):
+        while writer.write(bytes(300)):
             pass
     except RingBroken:
         outcome = "rings refused by their writer"

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -271,6 +271,21 @@ def test_a_slot_remembers_neither_gradients_nor_inference_mode(run_dir: Path) ->
             assert view.grad_fn is None
             assert not view.is_inference()
         filling.abandon()
+
+
+def test_no_tensor_object_is_lent_twice(ends: tuple[Pull, Push, Peer]) -> None:
+    """They are made ahead, and whoever was lent one may have changed what it says of itself."""
+    pull, push, peer = ends
+    lent: list[Any] = []
+    for number in range(6):
+        filling = push.allocate({"x": ("float32", (2,))}, to=peer, timeout=1)
+        lent.append(filling.tensors["x"])
+        filling.tensors["x"][:] = number
+        push.send(filling, to=peer)
+        with pull.recv(timeout=1) as message:
+            lent.append(message.tensors["x"])
+            assert message.tensors["x"].tolist() == [number, number]
+    assert len({id(tensor) for tensor in lent}) == len(lent)
 
 
 def test_statistics_of_a_channel(ends: tuple[Pull, Push, Peer]) -> None:

@@ -74,6 +74,9 @@ def test_any_bytes_are_parsed_or_refused(body: bytes, magic: bool) -> None:
     for decode in (wire.decode_to_consumer, wire.decode_to_producer):
         with contextlib.suppress(ProtocolError):
             decode(frame)
+    for decode_in_ring in (wire.decode_deliver, wire.decode_release):
+        with contextlib.suppress(ProtocolError):
+            decode_in_ring(frame)
 
 
 @settings(max_examples=300)

@@ -138,42 +138,57 @@ class HostMapping:
 class Views:
     """Tensors over the slots of one slab, made once for each slot and layout.
 
-    Making one costs several times as much as all else that a message needs of Python.
+    Making one costs several times as much as all else that a message needs of Python, and a new
+    object of the same tensor is not for nothing either: the next one is made ahead.
     """
 
     def __init__(self, make: Callable[[int, wire.TensorSpec], Any], numpy: bool) -> None:
         self._make = make
         self._numpy = numpy
         self._known: dict[tuple[int, wire.Layout], list[tuple[str, Any]]] = {}
+        self._stock: dict[tuple[int, wire.Layout], dict[str, Any]] = {}
 
     def own(self, slot: int, layout: wire.Layout) -> list[tuple[str, Any]]:
         """Names and tensors, to be used and not to be given away."""
         views = self._known.get((slot, layout))
         if views is None:
             if len(self._known) >= _MAX_VIEWS:
-                self._known.clear()
+                self.close()
             views = [(spec.name, self._make(slot, spec)) for spec in layout.specs]
             self._known[slot, layout] = views
         return views
 
     def lend(self, slot: int, layout: wire.Layout) -> dict[str, Any]:
         """The same for the application, which may change what a tensor object says of itself."""
+        return self._stock.pop((slot, layout), None) or self._copies(self.own(slot, layout))
+
+    def restock(self, slot: int, layout: wire.Layout) -> None:
+        """Make what `lend` will give next, now that nobody waits for it.
+
+        With cold caches torch takes longer for one than it takes to parse the descriptor. NumPy
+        is quicker than the keeping of them.
+        """
+        views = self._known.get((slot, layout))
+        if views and not self._numpy:  # none after `close`
+            self._stock[slot, layout] = self._copies(views)
+
+    def _copies(self, views: list[tuple[str, Any]]) -> dict[str, Any]:
         if self._numpy:
-            return {name: view.view() for name, view in self.own(slot, layout)}
-        return {name: view.detach() for name, view in self.own(slot, layout)}
+            return {name: view.view() for name, view in views}
+        return {name: view.detach() for name, view in views}
 
     def close(self) -> None:
         """Forget the tensors, which keep the slab mapped."""
         self._known.clear()
+        self._stock.clear()
 
 
-def copy_bytes(tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy each source into its destination of the same shape and dtype, in host memory."""
-    for destination, source in tensors:
-        if isinstance(destination, np.ndarray):
-            np.copyto(destination, np.asarray(source), casting="no")
-        else:
-            copy_torch(destination, source)
+def copy(destination: Tensor, source: Tensor) -> None:
+    """Copy into a destination of the same shape and dtype, in host memory."""
+    if isinstance(destination, np.ndarray):
+        np.copyto(destination, np.asarray(source), casting="no")
+    else:
+        copy_torch(destination, source)
 
 
 def copy_torch(destination: torch.Tensor, source: Tensor, non_blocking: bool = False) -> None:

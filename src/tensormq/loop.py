@@ -189,20 +189,20 @@ class Loop:
         """Handle what sockets and descriptors have within `wait` seconds (None: for ever)."""
         self._glances = 0
         events = self._poller.poll(None if wait is None else int(wait * 1000 + 0.999))
-        self._call(source for source, _ in events)
+        self._call(events)
         if events:
             self._stirred = time.monotonic()
         return bool(events)
 
-    def _call(self, sources: Iterable[object]) -> None:
-        for source in sources:
+    def _call(self, events: Iterable[tuple[object, int]]) -> None:
+        for source, _ in events:
             callback = self._callbacks.get(source)
             if callback is not None:  # an earlier callback of this round may have unwatched it
                 callback()
 
     def _heard(self) -> None:
         """Descriptors that are watched have something to say."""
-        self._call([descriptor for descriptor, _ in self._descriptors.poll(0)])
+        self._call(self._descriptors.poll(0))
 
     def close(self) -> None:
         with self._closing:

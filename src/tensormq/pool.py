@@ -20,13 +20,17 @@ class SlotState(Enum):
     LEASED = "leased"
 
 
+# Python looks up a member in its class at every mention, which takes as long as a short call.
+_FREE, _FILLING, _LEASED = SlotState
+
+
 class SlotPool:
     """The slots of one slab. Slots are numbered from 0; `Holder` is anything hashable."""
 
     def __init__(self, slots: int) -> None:
         if slots < 1:
             raise ValueError("a pool needs at least one slot")
-        self._states = [SlotState.FREE] * slots
+        self._states = [_FREE] * slots
         self._holders: list[set[Hashable]] = [set() for _ in range(slots)]
         # First in, first out: the slot that has rested longest is the likeliest whose last use
         # on the GPU is over.
@@ -41,7 +45,7 @@ class SlotPool:
 
     @property
     def leased(self) -> int:
-        return sum(state is SlotState.LEASED for state in self._states)
+        return sum(state is _LEASED for state in self._states)
 
     def held(self, holder: Hashable) -> int:
         """How many slots are leased to `holder`."""
@@ -55,22 +59,24 @@ class SlotPool:
         if not self._free:
             return None
         slot = self._free.popleft()
-        self._states[slot] = SlotState.FILLING
+        self._states[slot] = _FILLING
         return slot
 
     def abandon(self, slot: int) -> None:
         """Give back a slot that was never sent."""
-        self._expect(slot, SlotState.FILLING)
-        self._states[slot] = SlotState.FREE
+        if self._states[slot] is not _FILLING:
+            raise self._not_filling(slot)
+        self._states[slot] = _FREE
         self._free.append(slot)
 
     def lease(self, slot: int, holders: Iterable[Hashable]) -> None:
         """The filled slot now belongs to `holders`, each of which must release it."""
-        self._expect(slot, SlotState.FILLING)
+        if self._states[slot] is not _FILLING:
+            raise self._not_filling(slot)
         members = set(holders)
         if not members:
             raise ValueError(f"slot {slot} must be leased to somebody")
-        self._states[slot] = SlotState.LEASED
+        self._states[slot] = _LEASED
         self._holders[slot] = members
 
     def release(self, slot: int, holder: Hashable) -> bool:
@@ -81,10 +87,11 @@ class SlotPool:
         """
         if not 0 <= slot < len(self._states) or holder not in self._holders[slot]:
             raise KeyError(f"slot {slot} is not leased to {holder!r}")
-        self._holders[slot].discard(holder)
-        if self._holders[slot]:
+        holders = self._holders[slot]
+        holders.discard(holder)
+        if holders:
             return False
-        self._states[slot] = SlotState.FREE
+        self._states[slot] = _FREE
         self._free.append(slot)
         return True
 
@@ -97,13 +104,12 @@ class SlotPool:
 
     def check(self) -> None:
         """Raise AssertionError when the books do not balance."""
-        free = {slot for slot, state in enumerate(self._states) if state is SlotState.FREE}
+        free = {slot for slot, state in enumerate(self._states) if state is _FREE}
         if free != set(self._free) or len(self._free) != len(free):
             raise AssertionError(f"free slots {sorted(free)} but the queue has {self._free}")
         for slot, (state, holders) in enumerate(zip(self._states, self._holders, strict=True)):
-            if bool(holders) != (state is SlotState.LEASED):
+            if bool(holders) != (state is _LEASED):
                 raise AssertionError(f"slot {slot} is {state.value} and held by {holders}")
 
-    def _expect(self, slot: int, state: SlotState) -> None:
-        if self._states[slot] is not state:
-            raise ValueError(f"slot {slot} is {self._states[slot].value}, not {state.value}")
+    def _not_filling(self, slot: int) -> ValueError:
+        return ValueError(f"slot {slot} is {self._states[slot].value}, not filling")

@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -48,7 +49,7 @@ class Message:
     __slots__ = (
         "_channel",
         "_hop",
-        "_released",
+        "_layout",
         "_sequence",
         "_slot",
         "note",
@@ -58,7 +59,12 @@ class Message:
     )
 
     def __init__(
-        self, channel: _Channel, descriptor: wire.Deliver, tensors: Mapping[str, Any], hop: int
+        self,
+        channel: _Channel,
+        descriptor: wire.Deliver,
+        layout: wire.Layout,
+        tensors: Mapping[str, Any],
+        hop: int,
     ) -> None:
         self.tensors = tensors
         self.requests: tuple[Request, ...] = descriptor.requests
@@ -67,7 +73,7 @@ class Message:
         self._channel = channel
         self._slot = descriptor.slot
         self._sequence = descriptor.sequence
-        self._released = False
+        self._layout = layout
         self._hop = hop
 
     @property
@@ -84,11 +90,11 @@ class Message:
 
     def release(self) -> None:
         """Give the slot back; the second and later calls do nothing."""
-        if not self._released:
-            self._released = True
+        slot = self._slot
+        if slot >= 0:
+            self._slot = -1
             self.tensors = {}
-            if self._slot >= 0:
-                self._channel.release(self._slot, self._sequence, self._hop)
+            self._channel.release(slot, self._sequence, self._layout, self._hop)
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +123,7 @@ class _Channel:
         self.slots = 0
         self.slot_bytes = 0
         self.open = False
+        self.inline = False
         self.ending = False
         # Slots that are leased to this end, in the order of their arrival; when that was, in ns.
         self.leases: dict[int, int] = {}
@@ -128,7 +135,7 @@ class _Channel:
         # For each slot the last message that the application's streams wait for.
         self._taken: dict[int, int] = {}
         self._views: host.Views | None = None
-        self._layouts: dict[bytes, wire.Layout] = {}
+        self.layouts: dict[bytes, wire.Layout] = {}
         self._one_clock = hello.abilities.process.host == pull._abilities.process.host
 
     def map(self, offer: wire.Offer) -> None:
@@ -154,70 +161,64 @@ class _Channel:
             case _:
                 raise NegotiationError(f"carrier {offer.carrier} does not go with {offer.slab}")
         self.statistics.carrier = offer.carrier
+        self.inline = offer.carrier is Carrier.INLINE
         self.slots = offer.slots
         self.slot_bytes = offer.slot_bytes
         self.open = True
 
-    def layout(self, encoded: bytes) -> wire.Layout:
-        """The layout that a descriptor names, checked. Raises ProtocolError."""
-        layout = self._layouts.get(encoded)
-        if layout is None:
-            layout = wire.parse_layout(encoded, self.slot_bytes)
-            if len(self._layouts) >= _MAX_LAYOUTS:
-                self._layouts.clear()
-            self._layouts[encoded] = layout
+    def learn(self, encoded: bytes) -> wire.Layout:
+        """Check a layout that no descriptor had before. Raises ProtocolError."""
+        layout = wire.parse_layout(encoded, self.slot_bytes)
+        if len(self.layouts) >= _MAX_LAYOUTS:
+            self.layouts.clear()
+        self.layouts[encoded] = layout
         return layout
 
     def take(
         self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
     ) -> Message:
-        tensors = self._tensors(descriptor, layout, payload)
-        hop = self._since(descriptor.sent) if layout.specs else 0
         statistics = self.statistics
+        tensors: dict[str, Any] = {}
+        hop = 0
+        slot = descriptor.slot
+        if slot >= 0:
+            if self._device is not None:
+                # Only now does the current stream wait for the content: work on earlier messages
+                # must not.
+                self._taken[slot] = descriptor.sequence
+                self._device.expect(slot, descriptor.sequence)
+            if self._views is not None:
+                tensors = self._views.lend(slot, layout)
+            else:
+                tensors = self._parse(payload, layout)
+            if self._one_clock and descriptor.sent:
+                hop = time.monotonic_ns() - descriptor.sent
+                if 0 < hop < wire.LONGEST_HOP:
+                    statistics.hops.add(hop)
+                else:
+                    hop = 0  # the producer said what cannot be
         statistics.messages += 1
         statistics.bytes += layout.nbytes
         if self._device is None:
             statistics.host_bytes += layout.nbytes
-        if hop:
-            statistics.hops.add(hop)
-        return Message(self, descriptor, tensors, hop)
+        return Message(self, descriptor, layout, tensors, hop)
 
-    def _tensors(
-        self, descriptor: wire.Deliver, layout: wire.Layout, payload: memoryview | None
-    ) -> dict[str, Any]:
-        if not layout.specs:
-            return {}
-        slot = descriptor.slot
-        if self._device is not None:
-            self._taken[slot] = descriptor.sequence
-            self._device.expect(slot, descriptor.sequence)
-        if self._views is not None:
-            return self._views.lend(slot, layout)
+    def _parse(self, payload: memoryview | None, layout: wire.Layout) -> dict[str, Any]:
+        """Tensors that came as bytes."""
         if payload is None:
             raise ProtocolError("a descriptor without the bytes it describes")
         return {spec.name: self.pull._view(payload, spec, 0) for spec in layout.specs}
 
-    def _since(self, sent: int) -> int:
-        """Nanoseconds since a message was sent; 0 where that cannot be known."""
-        if not sent or not self._one_clock:
-            return 0
-        return max(0, time.monotonic_ns() - sent) & (wire.LONGEST_HOP - 1)
-
-    def release(self, slot: int, sequence: int, hop: int) -> None:
-        if self._device is not None:
-            self._device.release(slot, sequence)
-            self._give_back(slot, sequence, hop)
-        elif self._pinned is not None:
+    def release(self, slot: int, sequence: int, layout: wire.Layout, hop: int) -> None:
+        if self._pinned is not None:
             # The GPU may still be copying from the slot.
-            self.pull._after_gpu(lambda: self._give_back(slot, sequence, hop))
+            self.pull._after_gpu(lambda: self.pull._give_back(self, slot, sequence, hop))
         else:
-            self._give_back(slot, sequence, hop)
-
-    def _give_back(self, slot: int, sequence: int, hop: int) -> None:
-        del self.leases[slot]
-        self.pull._give_back(self, wire.Release(self.epoch, sequence, slot, hop))
-        if self.ending and not self.leases:
-            self.pull._end(self)
+            if self._device is not None:
+                self._device.release(slot, sequence)
+            self.pull._give_back(self, slot, sequence, hop)
+        if self._views is not None:  # the channel may have ended with its last lease
+            self._views.restock(slot, layout)
 
     def torn(self) -> tuple[set[int], dict[int, int]]:
         """What the dead producer announced and never completed: slots, and those taken.
@@ -328,14 +329,13 @@ class Pull:
         """The next message, in the order of arrival. Raises Timeout after `timeout` seconds."""
         if not self._inbox and not self._loop.run_until(lambda: bool(self._inbox), timeout):
             raise Timeout(f"no message at {self.endpoint} within {timeout} s")
-        return self._take()
+        channel, descriptor, layout, payload = self._inbox.popleft()
+        return channel.take(descriptor, layout, payload)
 
     def poll(self) -> Message | None:
         """The next message if one is there already; for callers that run the loop themselves."""
-        return self._take() if self._inbox else None
-
-    def _take(self) -> Message:
-        # Only now does the current stream wait for the content: work on earlier messages must not.
+        if not self._inbox:
+            return None
         channel, descriptor, layout, payload = self._inbox.popleft()
         return channel.take(descriptor, layout, payload)
 
@@ -390,11 +390,14 @@ class Pull:
                 log.warning("rejected a frame at %s: %s", self.endpoint, error)
 
     def _drain(self, channel: _Channel) -> None:
-        """Handle what a producer has put into its ring."""
+        """Accept what a producer has announced through its ring."""
+        if channel.line is None:
+            return
+        incoming = channel.line.incoming
         try:
-            while channel.line is not None and (frame := channel.line.incoming.read()) is not None:
+            while (frame := incoming.read()) is not None:
                 try:
-                    self._handle(channel.identity, wire.decode_to_consumer(frame), None)
+                    self._accept(channel, wire.decode_deliver(frame), None)
                 except ProtocolError as error:
                     self.rejected += 1
                     log.warning("rejected a frame at %s: %s", self.endpoint, error)
@@ -432,12 +435,13 @@ class Pull:
     def _accept(self, channel: _Channel, message: wire.Deliver, payload: memoryview | None) -> None:
         if not channel.open or message.epoch != channel.epoch or channel.ending:
             raise ProtocolError("a descriptor of a channel that is not open")
-        layout = channel.layout(bytes(message.tensors))
+        encoded = bytes(message.tensors)
+        layout = channel.layouts.get(encoded) or channel.learn(encoded)
         if layout.specs:
             wire.check_descriptor(message, channel.slots)
             if message.slot in channel.leases:
                 raise ProtocolError(f"slot {message.slot}, which was not released, once more")
-            if channel.statistics.carrier is Carrier.INLINE and (
+            if channel.inline and (
                 payload is None or not layout.end <= payload.nbytes <= channel.slot_bytes
             ):
                 raise ProtocolError("a descriptor without the bytes it describes, or with more")
@@ -505,7 +509,7 @@ class Pull:
             return None
         channel.line = line
         channel.statistics.doorbell = Doorbell.RING
-        self._loop.watch_ring(line.incoming, lambda: self._drain(channel))
+        self._loop.watch_ring(line.incoming, partial(self._drain, channel))
         return self._loop.bell
 
     def _lose(self, channel: _Channel) -> None:
@@ -554,15 +558,21 @@ class Pull:
             channel.line.close()
             channel.line = None
 
-    def _give_back(self, channel: _Channel, release: wire.Release) -> None:
+    def _give_back(self, channel: _Channel, slot: int, sequence: int, hop: int) -> None:
+        del channel.leases[slot]
+        release = wire.Release(channel.epoch, sequence, slot, hop)
+        try:
+            through_ring = channel.line is not None and channel.line.outgoing.write(
+                wire.encode(release)
+            )
+        except RingBroken as error:
+            through_ring = False
+            self._cut_off(channel, error)
+        if not through_ring:
+            self._answer(channel, release)
         self._loop.stir()
-        if channel.line is not None:
-            try:
-                if channel.line.send(wire.encode(release)):
-                    return
-            except RingBroken as error:
-                self._cut_off(channel, error)
-        self._answer(channel, release)
+        if channel.ending and not channel.leases:
+            self._end(channel)
 
     def _answer(self, channel: _Channel, message: wire.ToProducer) -> None:
         if not self._socket.closed:

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -78,6 +79,7 @@ class _Lane:
     ) -> None:
         self.slab = slab
         self.device: DeviceSlab | None = None  # the slab, where it is on a GPU
+        self.inline = slab.carrier is Carrier.INLINE
         self.views = views
         self.nonce = nonce
         self.pinned: PinnedMemory | None = None
@@ -91,7 +93,7 @@ class _Lane:
         self.slab.close()
 
 
-@dataclass
+@dataclass(slots=True)
 class Filling:
     """A slot to write into: `tensors` are views of it. Send it, or abandon it."""
 
@@ -250,7 +252,7 @@ class Push:
     def _open(self, peer: Peer, line: Line) -> None:
         peer._line = line
         peer.statistics.doorbell = Doorbell.RING
-        self._loop.watch_ring(line.incoming, lambda: self._drain(peer))
+        self._loop.watch_ring(line.incoming, partial(self._drain, peer))
 
     def _admit(self, peer: Peer, lane: _Lane, offer: wire.Offer) -> None:
         peer._lane = lane
@@ -308,11 +310,12 @@ class Push:
         to `timeout` seconds (None: for ever) for a free slot. Raises TensorTooLarge, PeerLost,
         Timeout.
         """
-        peers = _peers(to)
+        peers = (to,) if isinstance(to, Peer) else _several(to)
         lane = self._live(peers[0])
-        if any(self._live(peer) is not lane for peer in peers[1:]):
-            raise UnsupportedTensor("a slot can only be allocated for peers of one carrier")
-        key = tuple((name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items())
+        for peer in peers[1:]:
+            if self._live(peer) is not lane:
+                raise UnsupportedTensor("a slot can only be allocated for peers of one carrier")
+        key = tuple([(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()])
         layout = self._layouts.get(key)
         if layout is None:
             layout = self._learn(key, tensors)
@@ -337,30 +340,31 @@ class Push:
         `timeout` seconds (None: for ever) for a free slot. Raises TensorTooLarge before anything
         is sent, PeerLost, Timeout.
         """
-        peers = _peers(to)
+        peers = (to,) if isinstance(to, Peer) else _several(to)
         extras = tuple(requests), route, note
         if isinstance(tensors, Filling):
             if tensors._done:
                 raise ValueError("this Filling was sent or abandoned before; allocate another")
-            if any(self._live(peer) is not tensors._lane for peer in peers):
-                raise ValueError("a Filling can only be sent to peers that it was allocated for")
+            lane = tensors._lane
+            for peer in peers:
+                if self._live(peer) is not lane:
+                    raise ValueError("a Filling goes only to peers that it was allocated for")
             tensors._done = True
-            self._post(tensors._lane, tensors._slot, tensors._layout, peers, extras)
+            self._post(lane, tensors._slot, tensors._layout, peers, extras)
+            lane.views.restock(tensors._slot, tensors._layout)
             return
         if not tensors:
             for peer in peers:
                 self._live(peer)
-            for peer, frame in self._descriptors(peers, 0, -1, wire.NO_TENSORS, extras):
-                self._hand(peer, frame)
+            frames = self._descriptors(peers, 0, -1, wire.NO_TENSORS, extras)
+            self._announce(None, -1, wire.NO_TENSORS, frames)
             return
         key = tuple([(name, t.dtype, t.shape) for name, t in tensors.items()])
         layout = self._layouts.get(key)
         if layout is None:
             layout = self._learn(key, {n: host.describe(t) for n, t in tensors.items()})
-        groups: dict[_Lane, list[Peer]] = {}
-        for peer in peers:
-            groups.setdefault(self._live(peer), []).append(peer)
-        slots: list[tuple[_Lane, list[Peer], int]] = []
+        groups = {self._live(peers[0]): peers} if len(peers) == 1 else self._by_lane(peers)
+        slots: list[tuple[_Lane, Sequence[Peer], int]] = []
         try:
             for lane, members in groups.items():
                 slots.append((lane, members, self._acquire(lane, members, timeout)))
@@ -373,6 +377,12 @@ class Push:
             raise
         for lane, members, slot in slots:
             self._post(lane, slot, layout, members, extras)
+
+    def _by_lane(self, peers: Sequence[Peer]) -> Mapping[_Lane, Sequence[Peer]]:
+        groups: dict[_Lane, list[Peer]] = {}
+        for peer in peers:
+            groups.setdefault(self._live(peer), []).append(peer)
+        return groups
 
     def _learn(
         self, key: object, tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -426,7 +436,8 @@ class Push:
             for name, view in views:
                 host.copy_torch(view, tensors[name], non_blocking=True)
         else:
-            host.copy_bytes([(view, tensors[name]) for name, view in views])
+            for name, view in views:
+                host.copy(view, tensors[name])
 
     def _descriptors(
         self,
@@ -435,13 +446,15 @@ class Push:
         slot: int,
         layout: wire.Layout,
         extras: _Extras,
-    ) -> list[tuple[Peer, bytes]]:
-        """What to say to each of `peers`. Raises TensorTooLarge."""
+    ) -> dict[Peer, bytes]:
+        """What to say to each of `peers` that is not lost. Raises TensorTooLarge, PeerLost."""
         requests, route, note = extras
         sent = time.monotonic_ns()
-        frames = []
+        frames = {}
         for peer in peers:
-            frame = wire.encode(
+            if peer.lost is not None:
+                continue  # while a free slot was waited for
+            frame = frames[peer] = wire.encode(
                 wire.Deliver(
                     peer.epoch, sequence, slot, layout.encoded, requests, route, note, sent
                 )
@@ -452,7 +465,8 @@ class Push:
                     f"shorten the note ({len(note)} bytes) or send fewer of the {len(requests)} "
                     "requests at once"
                 )
-            frames.append((peer, frame))
+        if not frames:
+            raise PeerLost(f"{peers[0].endpoint} is gone: {peers[0].lost}")
         return frames
 
     def _post(
@@ -463,19 +477,14 @@ class Push:
         peers: Sequence[Peer],
         extras: _Extras,
     ) -> None:
-        alive = [peer for peer in peers if peer.lost is None]
-        if not alive:
-            lane.pool.abandon(slot)
-            raise PeerLost(f"{peers[0].endpoint} is gone: {peers[0].lost}")
-        self._sequence += 1
-        sequence = self._sequence
+        sequence = self._sequence = self._sequence + 1
         try:
-            frames = self._descriptors(alive, sequence, slot, layout, extras)
-        except TensorTooLarge:
+            frames = self._descriptors(peers, sequence, slot, layout, extras)
+        except (TensorTooLarge, PeerLost):
             lane.pool.abandon(slot)
             raise
         lane.sequences[slot] = sequence
-        lane.pool.lease(slot, alive)
+        lane.pool.lease(slot, frames)
         if self._gpu and lane.device is None:
             self._after_gpu(lambda: self._announce(lane, slot, layout, frames))
             return
@@ -483,27 +492,34 @@ class Push:
         if lane.device is not None:
             # Not before: the consumer's stream waits for the word anyway, and to hand it to the
             # driver takes as long as all the rest.
-            lane.device.publish(slot, sequence, alive)
+            lane.device.publish(slot, sequence, frames)
 
     def _announce(
-        self, lane: _Lane, slot: int, layout: wire.Layout, frames: list[tuple[Peer, bytes]]
+        self, lane: _Lane | None, slot: int, layout: wire.Layout, frames: dict[Peer, bytes]
     ) -> None:
-        carrier = lane.slab.carrier
-        for peer, frame in frames:
+        """Send each peer its frame, the quickest way there is. No lane: there are no tensors."""
+        for peer, frame in frames.items():
             if peer.lost is not None:
                 continue  # its leases came back when it was lost
+            try:
+                if lane is not None and lane.inline:
+                    slab = _host_slab(lane)
+                    base = slab.base(slot)
+                    # The slot stays leased until the consumer has the bytes: no need to copy them.
+                    self._say(peer, [frame, slab.memory[base : base + layout.end]], copy=False)
+                elif peer._line is None or not peer._line.outgoing.write(frame):
+                    self._say(peer, [frame])
+            except RingBroken as error:
+                self._cut_off(peer, error)
+            if lane is None:
+                continue
+            # Counted when the consumer is at work already.
             statistics = peer.statistics
             statistics.messages += 1
             statistics.bytes += layout.nbytes
-            if carrier is not Carrier.CUDA_IPC:
+            if lane.device is None:
                 statistics.host_bytes += layout.nbytes
-            if carrier is Carrier.INLINE:
-                slab = _host_slab(lane)
-                base = slab.base(slot)
-                # The slot stays leased until the consumer has the bytes: no need to copy them.
-                self._say(peer, [frame, slab.memory[base : base + layout.end]], copy=False)
-            else:
-                self._hand(peer, frame)
+        self._loop.stir()
 
     def _after_gpu(self, announce: Callable[[], None]) -> None:
         """Announce tensors in host memory once the GPU has copied them there."""
@@ -522,18 +538,6 @@ class Push:
     def _say(self, peer: Peer, frames: list[Any], copy: bool = True) -> None:
         if not peer._socket.closed:
             peer._socket.send_multipart(frames, copy=copy)
-
-    def _hand(self, peer: Peer, frame: bytes) -> None:
-        """Send what is nothing but a frame the quickest way there is."""
-        self._loop.stir()
-        if peer._line is not None:
-            try:
-                if peer._line.send(frame):
-                    return
-            except RingBroken as error:
-                self._cut_off(peer, error)
-                return
-        self._say(peer, [frame])
 
     # What comes back
 
@@ -554,11 +558,14 @@ class Push:
                 log.warning("rejected a frame of %s: %s", peer.endpoint, error)
 
     def _drain(self, peer: Peer) -> None:
-        """Handle what the consumer has put into its ring."""
+        """Take back what the consumer has released through its ring."""
+        if peer._line is None:
+            return
+        incoming = peer._line.incoming
         try:
-            while peer._line is not None and (frame := peer._line.incoming.read()) is not None:
+            while (frame := incoming.read()) is not None:
                 try:
-                    self._handle(peer, wire.decode_to_producer(frame))
+                    self._take_back(peer, wire.decode_release(frame))
                 except ProtocolError as error:
                     self.rejected += 1
                     log.warning("rejected a frame of %s: %s", peer.endpoint, error)
@@ -713,8 +720,8 @@ class Push:
         self.close()
 
 
-def _peers(to: Peer | Sequence[Peer]) -> Sequence[Peer]:
-    peers = (to,) if isinstance(to, Peer) else tuple(to)
+def _several(to: Sequence[Peer]) -> tuple[Peer, ...]:
+    peers = tuple(to)
     if not peers:
         raise ValueError("a message needs at least one peer to go to")
     return peers

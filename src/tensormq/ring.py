@@ -33,7 +33,6 @@ import fcntl
 import mmap
 import os
 import platform
-import struct
 import sys
 import threading
 
@@ -43,8 +42,10 @@ from .errors import NegotiationError, RingBroken
 _LINE_WORDS = 8
 _HEAD, _TAIL, _PARKED = 0, _LINE_WORDS, 2 * _LINE_WORDS
 HEADER_BYTES = 256
-_PREFIX = struct.Struct("<II")
-_AFTER_MASK = 0xFFFF_FFFF
+_FIRST = HEADER_BYTES // 8  # the word after the header
+_PREFIX_BYTES = 8
+_HALF = 32  # bits of a frame's prefix: length below, `after` above
+_MASK = 0xFFFF_FFFF
 
 DOWN_BYTES = 1 << 16
 """Capacity of the ring from a producer to a consumer: more than a hundred usual descriptors."""
@@ -67,33 +68,36 @@ class Writer:
     """The writing end. `bell` is the pipe of the reader's loop, open for writing."""
 
     def __init__(self, memory: memoryview, bell: int) -> None:
-        self._words = memory[:HEADER_BYTES].cast("Q")
+        self._words = memory.cast("Q")
         self._data = memory[HEADER_BYTES:]
         self._capacity = len(self._data)
         self._bell = bell
         self._head = 0
+        self._detoured = 0
         self._limit = self._capacity  # up to here there was room when the tail was last read
         self._fence = threading.Lock()
 
-    def write(self, frame: bytes, after: int) -> bool:
-        """Put `frame` in and wake a sleeping reader; False when there is no room for it now.
+    def write(self, frame: bytes) -> bool:
+        """Put `frame` in and wake a sleeping reader.
 
-        A process that is killed in here leaves a frame that was not published, and so is not
-        there. Raises RingBroken when the reader's position cannot be.
+        False when there is no room for it now: then it has to be sent through the socket, before
+        anything else is sent. A process that is killed in here leaves a frame that was not
+        published, and so is not there. Raises RingBroken when the reader's position cannot be.
         """
         length = len(frame)
         head = self._head
-        following = head + _PREFIX.size + (length + 7 & -8)
+        following = head + _PREFIX_BYTES + (length + 7 & -8)
         if following > self._limit:
             tail = self._words[_TAIL]
             if not 0 <= head - tail <= self._capacity:
                 raise RingBroken(f"its reader is said to be at {tail} and its writer at {head}")
             self._limit = tail + self._capacity
             if following > self._limit:
+                self._detoured = self._detoured + 1 & _MASK
                 return False
         start = head & (self._capacity - 1)
-        _PREFIX.pack_into(self._data, start, length, after & _AFTER_MASK)
-        start += _PREFIX.size
+        self._words[_FIRST + (start >> 3)] = self._detoured << _HALF | length
+        start += _PREFIX_BYTES
         end = start + length
         if end <= self._capacity:
             self._data[start:end] = frame
@@ -120,7 +124,7 @@ class Reader:
     """The reading end."""
 
     def __init__(self, memory: memoryview) -> None:
-        self._words = memory[:HEADER_BYTES].cast("Q")
+        self._words = memory.cast("Q")
         self._data = memory[HEADER_BYTES:]
         self._capacity = len(self._data)
         self._tail = 0
@@ -129,7 +133,7 @@ class Reader:
 
     def arrive(self) -> None:
         """A message of this direction has come through the socket."""
-        self._arrived = self._arrived + 1 & _AFTER_MASK
+        self._arrived = self._arrived + 1 & _MASK
         self._held = False
 
     @property
@@ -149,29 +153,28 @@ class Reader:
 
         Raises RingBroken when what the writer says cannot be.
         """
-        if not self.ready:
-            return None
         tail = self._tail
-        head = self._words[_HEAD]
+        if self._held or (head := self._words[_HEAD]) == tail:
+            return None
         there = head - tail
-        if not _PREFIX.size <= there <= self._capacity or there & 7:
+        if not _PREFIX_BYTES <= there <= self._capacity or there & 7:
             raise RingBroken(f"its writer is said to be at {head} and its reader is at {tail}")
         start = tail & (self._capacity - 1)
-        length, after = _PREFIX.unpack_from(self._data, start)
-        taken = _PREFIX.size + (length + 7 & -8)
+        prefix = self._words[_FIRST + (start >> 3)]
+        length = prefix & _MASK
+        taken = _PREFIX_BYTES + (length + 7 & -8)
         if taken > there:
             raise RingBroken(f"a frame of {length} bytes where {there} were written")
-        if after != self._arrived:
+        if prefix >> _HALF != self._arrived:
             self._held = True
             return None
-        start += _PREFIX.size
+        start += _PREFIX_BYTES
         end = start + length
         if end <= self._capacity:
-            frame = bytes(self._data[start:end])
+            frame = self._data[start:end].tobytes()
         else:
             frame = bytes(self._data[start:]) + bytes(self._data[: end - self._capacity])
-        self._tail = tail + taken
-        self._words[_TAIL] = self._tail
+        self._tail = self._words[_TAIL] = tail + taken
         return frame
 
     def close(self) -> None:
@@ -195,24 +198,13 @@ class Line:
     """One end of a channel's two rings: frames out, frames in."""
 
     def __init__(self, memory: mmap.mmap, outgoing: Writer, incoming: Reader) -> None:
+        self.outgoing = outgoing
         self.incoming = incoming
         self._memory = memory
-        self._outgoing = outgoing
-        self._detoured = 0
-
-    def send(self, frame: bytes) -> bool:
-        """Send through the ring; False when there is no room, and it has to take the socket.
-
-        Raises RingBroken.
-        """
-        if self._outgoing.write(frame, self._detoured):
-            return True
-        self._detoured += 1
-        return False
 
     def close(self) -> None:
         """Unmap the memory and give up the bell."""
-        self._outgoing.close()
+        self.outgoing.close()
         self.incoming.close()
         self._memory.close()
 

@@ -13,7 +13,6 @@ class Histogram:
     """Durations in buckets, four to each doubling; a quantile is right within 12.5 %."""
 
     def __init__(self) -> None:
-        self.count = 0
         self._buckets = [0] * (65 << _SUB_BITS)
 
     def add(self, nanoseconds: int) -> None:
@@ -21,7 +20,10 @@ class Histogram:
         value = nanoseconds | 8  # so that it has enough bits to choose a bucket
         bits = value.bit_length()
         self._buckets[bits << _SUB_BITS | value >> (bits - 1 - _SUB_BITS) & 3] += 1
-        self.count += 1
+
+    @property
+    def count(self) -> int:
+        return sum(self._buckets)
 
     def quantile(self, share: float) -> float:
         """Seconds within which `share` (0 to 1) of the durations stayed; 0.0 when there is none."""
@@ -36,7 +38,7 @@ class Histogram:
         return 0.0
 
 
-@dataclass
+@dataclass(slots=True)
 class ChannelStatistics:
     """One channel, as its producer counts it.
 
@@ -59,7 +61,7 @@ class ChannelStatistics:
     hops: Histogram = field(default_factory=Histogram)
 
 
-@dataclass
+@dataclass(slots=True)
 class ConsumerStatistics:
     """One channel, as its consumer counts it.
 

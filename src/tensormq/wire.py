@@ -19,9 +19,9 @@ A channel is opened by the producer:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -29,6 +29,7 @@ from .errors import ProtocolError, TensorTooLarge, UnsupportedTensor
 
 VERSION = 2
 MAGIC = b"TMQ" + bytes([VERSION])
+_MAGIC_BYTES = len(MAGIC)
 MAX_FRAME = 128 * 1024
 """Bytes of the longest frame that may be parsed; descriptors take a few hundred."""
 
@@ -258,8 +259,9 @@ class Bye(_Frozen, frozen=True, tag="bye"):
 
 ToConsumer: TypeAlias = Hello | Offer | Deliver | Bye
 ToProducer: TypeAlias = Card | Welcome | Decline | Release | Bye
+_Said = TypeVar("_Said")
 
-_encoder = msgspec.msgpack.Encoder()
+_encode = msgspec.msgpack.Encoder().encode
 _layouts: msgspec.msgpack.Decoder[tuple[TensorSpec, ...]]
 _layouts = msgspec.msgpack.Decoder(tuple[TensorSpec, ...])
 _to_consumer: msgspec.msgpack.Decoder[ToConsumer] = msgspec.msgpack.Decoder(ToConsumer)
@@ -268,36 +270,43 @@ _to_producer: msgspec.msgpack.Decoder[ToProducer] = msgspec.msgpack.Decoder(ToPr
 
 def encode(message: ToConsumer | ToProducer) -> bytes:
     """The frame that says `message`."""
-    return MAGIC + _encoder.encode(message)
+    return MAGIC + _encode(message)
 
 
-def _body(frame: bytes) -> memoryview:
+def _foreign(frame: bytes) -> ProtocolError:
     if len(frame) > MAX_FRAME:
-        raise ProtocolError(f"a frame of {len(frame)} bytes; at most {MAX_FRAME} are allowed")
-    if frame.startswith(MAGIC):
-        return memoryview(frame)[len(MAGIC) :]
+        return ProtocolError(f"a frame of {len(frame)} bytes; at most {MAX_FRAME} are allowed")
     if not frame.startswith(MAGIC[:3]):
-        raise ProtocolError("the frame does not start with TMQ: the peer does not speak TensorMQ")
-    raise ProtocolError(
+        return ProtocolError("the frame does not start with TMQ: the peer does not speak TensorMQ")
+    return ProtocolError(
         f"the peer speaks version {frame[3] if len(frame) > 3 else '?'} of the wire format, "
         f"this end version {VERSION}"
     )
 
 
-def decode_to_consumer(frame: bytes) -> ToConsumer:
-    """Parse what a producer sent. Raises ProtocolError, and nothing else, for any other bytes."""
-    try:
-        return _to_consumer.decode(_body(frame))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a message of this protocol: {error}") from None
+def _decoder(decode: Callable[[bytes], _Said]) -> Callable[[bytes], _Said]:
+    def from_frame(frame: bytes) -> _Said:
+        if len(frame) > MAX_FRAME or not frame.startswith(MAGIC):
+            raise _foreign(frame)
+        try:
+            return decode(frame[_MAGIC_BYTES:])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"not a message of this protocol: {error}") from None
+
+    return from_frame
 
 
-def decode_to_producer(frame: bytes) -> ToProducer:
-    """Parse what a consumer sent. Raises ProtocolError, and nothing else, for any other bytes."""
-    try:
-        return _to_producer.decode(_body(frame))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a message of this protocol: {error}") from None
+decode_to_consumer = _decoder(_to_consumer.decode)
+"""Parse what a producer sent. Raises ProtocolError, and nothing else, for any other bytes."""
+
+decode_to_producer = _decoder(_to_producer.decode)
+"""Parse what a consumer sent, in the same way."""
+
+decode_deliver = _decoder(msgspec.msgpack.Decoder(Deliver).decode)
+"""Parse what a producer put into its ring, where nothing else may be."""
+
+decode_release = _decoder(msgspec.msgpack.Decoder(Release).decode)
+"""Parse what a consumer put into its ring, where nothing else may be."""
 
 
 def lay_out(
@@ -344,7 +353,7 @@ class Layout:
 
     def __init__(self, specs: tuple[TensorSpec, ...]) -> None:
         self.specs = specs
-        self.encoded = msgspec.Raw(_encoder.encode(specs))
+        self.encoded = msgspec.Raw(_encode(specs))
         self.nbytes = sum(spec.nbytes for spec in specs)
         self.end = max((spec.offset + spec.nbytes for spec in specs), default=0)
 
