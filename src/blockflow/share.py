@@ -207,7 +207,7 @@ def split_shared(
     cuts = _cuts(members, parts, blocks)
     with store.writing():
         for member, own in zip(members, cuts, strict=True):
-            pieces = _pieces(member.analysis, own)
+            pieces = _pieces(member, own)
             built = build(
                 member.analysis, pieces, member.name, model=member.reference, progress=progress
             )
@@ -456,17 +456,20 @@ class _Member:
         return self.analysis.batch is not None and all(map(has_rows, self.analysis.input_ports))
 
     @cached_property
+    def unused(self) -> tuple[fx.Node, ...]:
+        """Inputs that no operator takes."""
+        place = self.analysis.place
+        return tuple(
+            node for node in self.analysis.inputs if all(place(user) is None for user in node.users)
+        )
+
+    @cached_property
     def odds(self) -> tuple[object, ...]:
         """What of its inputs and outputs no operator takes and makes: its last block has to."""
         analysis = self.analysis
-        unused = [
-            analysis.inputs.index(node)
-            for node in analysis.inputs
-            if not any(analysis.place(user) is not None for user in node.users)
-        ]
-        if not unused and all(analysis.place(node) is not None for node in analysis.outputs):
+        if not self.unused and all(analysis.place(node) is not None for node in analysis.outputs):
             return ()
-        return (unused, [self.values.of(node) for node in analysis.outputs])
+        return self.described(self.unused), [self.values.of(node) for node in analysis.outputs]
 
     def reorder(self, ranks: Sequence[tuple[object, ...]]) -> list[int]:
         """Bring the operators into the order of their ranks, as far as dependence allows.
@@ -712,6 +715,15 @@ def _compared(members: Sequence[_Member]) -> _Groups:
 
 def _grouped(members: Sequence[_Member], compared: _Groups, apart: _Apart) -> _Groups:
     """The same, of what can be blocks; see step 1 of the note."""
+    alike = [
+        frozenset(
+            other
+            for other, each in enumerate(members)
+            if each.has_rows == member.has_rows
+            and each.described(each.unused) == member.described(member.unused)
+        )
+        for member in members
+    ]
     twins = [
         frozenset(
             other
@@ -726,6 +738,8 @@ def _grouped(members: Sequence[_Member], compared: _Groups, apart: _Apart) -> _G
         alone = frozenset([index])
         if member.odds:
             mine[-1] &= twins[index]
+        if member.unused and not member.has_rows:  # where a chain begins, it takes all inputs
+            mine[:] = (each & alike[index] for each in mine)
         for place, before in enumerate(member.before):
             mine[place] = mine[place].intersection(*(mine[each] for each in before))
             if (index, mine[place]) in apart:
@@ -896,7 +910,15 @@ def _kept_apart(
                 "without rows cannot go, or is in the way of a chain of such a model"
             )
         else:
-            why = reasons.get(group, "to some of them, such a block would give nothing")
+            of_more = [reason for other, reason in reasons.items() if group <= other]
+            odd = [members[index].name for index in sorted(group) if members[index].odds]
+            if odd and not of_more:
+                why = (
+                    "inputs that are not used, and outputs that are not computed, need a block "
+                    f"that is a model's own, here of {', '.join(odd)}"
+                )
+            else:
+                why = next(iter(of_more), "to some of them, such a block would give nothing")
         flops = scaled(whole.flops, ("FLOP", "kFLOP", "MFLOP", "GFLOP"))
         weights = scaled(whole.parameter_bytes, ("B", "kB", "MB", "GB"))
         said.append(
@@ -924,12 +946,12 @@ def _cuts(members: Sequence[_Member], parts: Sequence[_Part], blocks: Where) -> 
     The last cut of each is its end.
     """
     average = sum(member.seconds(0, len(member.keys)) for member in members) / len(members)
-    ends = [
+    bounds_of = [
         {part.starts[index] + part.length for part in parts if index in part.group}
         for index in range(len(members))
     ]
     names = blocks.names if isinstance(blocks, AtModules) else ()
-    asked = _asked(members, ends, names)
+    asked = _asked(members, bounds_of, names)
     found: list[list[_Cut]] = [[] for _ in members]
     for part in parts:
         index, start = min(part.starts.items())
@@ -957,12 +979,13 @@ def _cuts(members: Sequence[_Member], parts: Sequence[_Part], blocks: Where) -> 
                 chosen = [*range(len(within))]
             case _:
                 assert_never(blocks)
-        begin = 0
-        for number, end in enumerate([*(within[each][0] for each in chosen), part.length]):
+        ends = [*(within[each][0] for each in chosen), part.length]
+        if not part.chained:
+            ends = _giving(members, part, ends)
+        for number, (begin, end) in enumerate(pairwise([0, *ends])):
             gives = _gives(members, part, begin, end)
             for each, first_place in part.starts.items():
                 found[each].append(_Cut(first_place + end, gives[each], (part.group, number)))
-            begin = end
     for member, cuts, places in zip(members, found, asked, strict=True):
         for place in places.keys() - {each.place for each in cuts}:
             raise ModelRefused(
@@ -1013,6 +1036,16 @@ def _gives(members: Sequence[_Member], part: _Part, begin: int, end: int) -> _Gi
             # Where there are but assertions, what they guard waits for them.
             gives[index] = (*gives[index], *odd) or tuple(analysis.outputs)
     return gives
+
+
+def _giving(members: Sequence[_Member], part: _Part, ends: Sequence[int]) -> list[int]:
+    """Those of the ends within a part between which each of its models gets something."""
+    found = [0]
+    for end in ends:
+        if all(members[i].given(s + found[-1], s + end) for i, s in part.starts.items()):
+            found.append(end)
+    # What comes last and gives nothing is of the block before it.
+    return [*found[1:-1], part.length]
 
 
 def _within(members: Sequence[_Member], part: _Part, offset: int) -> _Gives | None:
@@ -1082,8 +1115,9 @@ def _computed(members: Sequence[_Member], part: _Part, first: int, last: int) ->
     }
 
 
-def _pieces(analysis: Analysis, cuts: Sequence[_Cut]) -> list[Piece]:
+def _pieces(member: _Member, cuts: Sequence[_Cut]) -> list[Piece]:
     """The blocks of a model between its cuts, with what each takes and gives."""
+    analysis = member.analysis
     named = dict(zip(analysis.inputs, analysis.input_ports, strict=True))
     order = {node: index for index, node in enumerate((*analysis.inputs, *analysis.body))}
     starts = [0, *(cut.place for cut in cuts[:-1])]
@@ -1093,7 +1127,7 @@ def _pieces(analysis: Analysis, cuts: Sequence[_Cut]) -> list[Piece]:
         passed = {node for node in cut.gives if node in order and node not in own}
         needed.append(analysis.used(start, cut.place) | passed)
     # An input that nothing needs is still an input, and the last block is most a model's own.
-    needed[-1].update(node for node in analysis.inputs if not any(node in n for n in needed))
+    needed[-1 if member.has_rows else 0].update(member.unused)
     pieces = []
     given: set[fx.Node] = set()
     for index, (start, cut) in enumerate(zip(starts, cuts, strict=True)):
