@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from blockflow.artifact import Digest, Manifest, Port, Store
 from blockflow.errors import ModelRefused
-from blockflow.export import example
+from blockflow.export import example, export
 from blockflow.models import ModuleSource, ScriptFile, built_in
 from blockflow.program import load
 from blockflow.reconcile import validate
@@ -667,6 +667,27 @@ def test_a_shared_block_gives_as_many_tensors_as_its_models_need(store: Store) -
     assert family.flops == 3 * 10 * LAYER
     [shared] = [block for block in family.blocks.values() if len(block.models) > 1]
     assert len(shared.manifest.outputs) == 10
+
+
+class Cast(nn.Module):
+    """Asserts of its input what export asserts of all that is cast."""
+
+    def __init__(self, head: int | None) -> None:
+        super().__init__()
+        self.trunk, self.head = Chain(1, 2), None if head is None else linear(head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.trunk(x.to(torch.float32))
+        return result if self.head is None else self.head(result)
+
+
+def test_assertions_are_no_block_of_their_own(store: Store) -> None:
+    exported = export(Cast(None).eval(), (ROW,)).graph.nodes
+    assert any("assert" in str(node.target) for node in exported)
+    family = share(store, Cast(None), Cast(8), Cast(9))
+    assert family.flops == 4 * LAYER
+    for model in family.models:
+        assert all(model.blocks)
 
 
 class Tabled(nn.Module):
