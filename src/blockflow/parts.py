@@ -1,4 +1,4 @@
-"""Parts: what several models compute alike, as stretches of each of them. Pure.
+"""Parts: what several models compute alike, as stretches of each of them.
 
 Note [What is shared]
     Every value of a model has a hash of the whole computation that makes it (`identity.Values`):
@@ -12,6 +12,7 @@ Note [How sharing becomes blocks]
     1. Each operator of each model has the set of models that compute it. The set becomes smaller
        where something that must run before, by data or by writes to the same memory, is in fewer,
        and where what it gives cannot go from block to block: then it belongs to those who take it.
+       So do views where a set has nothing else: a message takes longer than they do.
     2. What has one set becomes one block, or several if more are asked for. Sets become only
        smaller along a model, so nothing feeds a block that feeds it. They need not lie inside one
        another: if a and b share one branch, b and c another, both are blocks.
