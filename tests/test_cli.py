@@ -834,6 +834,63 @@ def test_split_says_so_when_models_have_nothing_in_common(family: Path) -> None:
     assert "the models have nothing in common" in result.output
 
 
+TOWERS = """
+import torch
+
+class Towers(torch.nn.Module):
+    def __init__(self, left, right, head, turned=False):
+        super().__init__()
+        self.turned = turned
+        for name, seed in (("left", left), ("right", right), ("head", head)):
+            torch.manual_seed(seed)
+            setattr(self, name, torch.nn.Linear(4, 4))
+
+    def forward(self, x, y):
+        right = self.right(y)
+        if self.turned:
+            right = torch.mm(self.right.weight, y.T).T * 2.0
+        return self.head(torch.relu(self.left(x)) + right)
+
+def make(*seeds, **options):
+    module = Towers(*seeds, **options)
+    module.example_inputs = {"x": torch.zeros(2, 4), "y": torch.zeros(2, 4)}
+    return module
+
+def one(): return make(1, 10, 91)
+def two(): return make(1, 20, 92)
+def three(): return make(3, 20, 93)
+def four(): return make(4, 40, 94, turned=True)
+def five(): return make(5, 40, 95, turned=True)
+"""
+
+
+def test_split_prints_blocks_that_overlap_as_a_list_and_what_is_kept_apart(family: Path) -> None:
+    Path("family_of_models.py").write_text(TOWERS)
+    models = [f"family_of_models:{name}" for name in ("one", "two", "three")]
+    result = run("split", *models, "--share", "--store", "store", "-o", "topology.yaml")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "trunk-1  80 B  32 FLOP",
+        "shared by one, two",
+        "shared by two, three",
+        "one: trunk-1 → one-2of2",
+        "two: trunk-1 → two-3of3; trunk-2 → two-3of3",
+        "three: trunk-2 → three-2of2",
+    ):
+        assert result.output.count(words) == 1, result.output
+    # Three models of three layers, two of which are counted once too often.
+    rows = [" ".join(line.split()) for line in result.output.splitlines()]
+    assert "weights 720 B 560 B 22.2%" in rows
+    assert "one row through all models 288 FLOP 224 FLOP 22.2%" in rows
+
+    models = [f"family_of_models:{name}" for name in ("four", "five")]
+    result = run("split", *models, "--share", "--store", "store", "-o", "other.yaml")
+    assert result.exit_code == 0, result.output
+    printed = " ".join(result.output.split())
+    assert "four, five compute alike, but not in one block of them all, 32 FLOP per row" in printed
+    assert "nothing in common" not in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

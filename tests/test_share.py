@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,12 @@ from torch import Tensor, nn
 
 from blockflow.artifact import Digest, Manifest, Port, Store
 from blockflow.errors import ModelRefused
-from blockflow.export import example
+from blockflow.export import example, export
 from blockflow.models import ModuleSource, ScriptFile, built_in
 from blockflow.program import load
 from blockflow.reconcile import validate
 from blockflow.share import Family, family_topology, split_shared
-from blockflow.split import AtModules, Everywhere
+from blockflow.split import AtModules, Everywhere, Where
 from blockflow.topology import PipelineName
 from blockflow.wiring import Source, Wiring, wire
 
@@ -292,21 +294,6 @@ class ThreeBranches(nn.Module):
         return result
 
 
-def test_of_overlapping_sets_the_one_that_saves_more_is_kept(store: Store) -> None:
-    # a and b share the wide branch, b and c a narrow one.
-    family = share(
-        store,
-        ThreeBranches(1, 10, wide=64),
-        ThreeBranches(1, 20, wide=64),
-        ThreeBranches(3, 20, wide=64),
-    )
-    trunks = [block for block in family.blocks.values() if len(block.models) > 1]
-    assert [block.models for block in trunks] == [("a", "b")]
-    # Its weights, which are equal in b and c, lie in the store once all the same.
-    names = {w.sha256 for b in family.blocks.values() for w in store.weights(b.manifest).values()}
-    assert len(store.tensors()) == len(names)
-
-
 class Beside(nn.Module):
     """A trunk whose input, and whose first layer's result, something else needs as well."""
 
@@ -402,11 +389,14 @@ class Overwrites(nn.Module):
         return result + x.mul_(2.0)
 
 
-def test_a_model_that_cannot_be_cut_leaves_the_others_their_trunk(store: Store) -> None:
+def test_a_model_that_overwrites_its_input_after_the_trunk_shares_the_trunk(store: Store) -> None:
+    """It overwrites a copy: the input comes to it straight from the client."""
     family = share(store, Overwrites(), Headed(7), Headed(8))
-    trunks = [block for block in family.blocks.values() if len(block.models) > 1]
-    assert [block.models for block in trunks] == [("b", "c")]
-    assert trunks[0].manifest.flops == 3 * 2 * 16 * 16
+    trunk = family.blocks["trunk"]
+    assert trunk.models == ("a", "b", "c")
+    assert trunk.manifest.flops == 3 * 2 * 16 * 16
+    assert not trunk.manifest.mutates_inputs
+    assert family.blocks["a-2of2"].manifest.mutates_inputs
 
 
 class Between(nn.Module):
@@ -433,26 +423,30 @@ def test_a_model_that_ends_inside_another_gives_its_outputs_from_the_trunk(store
     ]
 
 
-def test_a_trunk_ends_before_a_model_needs_nothing_of_it(store: Store) -> None:
-    """One model computes the same as the other, and then does not use it: a block that feeds
-    nothing is refused by every server.
-    """
+def test_what_a_model_computes_and_does_not_use_is_no_part_of_it(store: Store) -> None:
+    """A block that feeds nothing is refused by every server."""
 
     class Idle(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, *, writes: bool) -> None:
             super().__init__()
-            self.trunk, self.own = Chain(1, 2, 3), linear(9)
+            self.trunk, self.own, self.writes = Chain(1, 2, 3), linear(9), writes
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            self.trunk(x)
+            unused = self.trunk(x)
+            if self.writes:
+                unused.add_(1.0)
             result = self.own(x)
             return result, result
 
-    family = share(store, Headed(7), Idle())
-    assert chains(family) == [("trunk", "a-2of2"), ("trunk", "b-2of2")]
-    assert sorted(family.models[1].feeds[1].values()) == ["input.x", "trunk.hidden"]
+    family = share(store, Headed(7), Idle(writes=False), Idle(writes=True))
+    assert family.blocks[family.models[0].blocks[0]].models == ("a",)
+    own = family.blocks[family.models[1].blocks[-1]]
+    assert own.manifest.flops == 2 * 16 * 16
     # Its outputs are one tensor.
-    assert list(family.models[1].gives.values()) == ["b-2of2.output_0", "b-2of2.output_1"]
+    assert [s.partition(".")[2] for s in family.models[1].gives.values()] == [
+        "output_0",
+        "output_1",
+    ]
 
 
 class Repeats(nn.Module):
@@ -492,6 +486,351 @@ def test_models_with_several_outputs(store: Store) -> None:
     family = share(store, TwoHeads(3, 4), TwoHeads(3, 5))
     assert family.blocks["trunk"].manifest.flops >= 2 * 2 * 16 * 16
     assert family.models[0].outputs == ("output_0", "output_1")
+
+
+# ---------------------------------------------------------------------- sets that overlap
+
+LAYER = 2 * 16 * 16
+PAIR = (Port("x", "float32", ("batch", 16)), Port("y", "float32", ("batch", 16)))
+
+
+def share_on(
+    store: Store, ports: tuple[Port, ...], *modules: nn.Module, blocks: Where = 1
+) -> Family:
+    """Share models of these inputs, called a, b, ..., and check every pipeline."""
+    sources = [
+        source("abcdefghij"[i], copy.deepcopy(each), *ports) for i, each in enumerate(modules)
+    ]
+    family = split_shared(sources, store, blocks=blocks)
+    for model, module in zip(family.models, modules, strict=True):
+        assert_equal(store, family, model.name, module, *ports)
+    assert_deployable(store, family)
+    return family
+
+
+def sets(family: Family) -> list[tuple[str, ...]]:
+    return [block.models for block in family.blocks.values() if len(block.models) > 1]
+
+
+class Towers(nn.Module):
+    """A tower on each of two inputs, and a head on both."""
+
+    def __init__(self, left: Sequence[int], right: Sequence[int], head: int) -> None:
+        super().__init__()
+        self.left, self.right, self.head = Chain(*left), Chain(*right), linear(head)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.head(self.left(x) + self.right(y))
+        return result
+
+
+def test_sets_of_models_that_overlap_all_become_blocks(store: Store) -> None:
+    """a and b share the first tower, b and c the second."""
+    family = share_on(
+        store,
+        PAIR,
+        Towers((1, 2), (10, 11, 12), 91),
+        Towers((1, 2), (20, 21, 22), 92),
+        Towers((3, 4), (20, 21, 22), 93),
+    )
+    assert sets(family) == [("a", "b"), ("b", "c")]
+    assert chains(family) == [
+        ("trunk-1", "a-2of2"),
+        ("trunk-1", "trunk-2", "b-3of3"),
+        ("trunk-2", "c-2of2"),
+    ]
+    assert [family.blocks[name].manifest.flops for name in ("trunk-1", "trunk-2")] == [
+        2 * LAYER,
+        3 * LAYER,
+    ]
+    assert family.models[1].feeds == (
+        {"x": "input.x"},
+        {"y": "input.y"},
+        {"hidden_0": "trunk-1.hidden", "hidden_1": "trunk-2.hidden"},
+    )
+    # Three models of six layers; two of them and three of them are counted once too often.
+    assert family.flops_apart == 3 * 6 * LAYER
+    assert family.flops == (18 - 2 - 3) * LAYER
+    weights = (16 * 16 + 16) * 4
+    assert family.parameter_bytes_apart == 18 * weights
+    assert family.parameter_bytes == 13 * weights
+    assert family.kept_apart == ()
+
+
+def test_branches_of_one_input_that_overlap_all_become_blocks(store: Store) -> None:
+    # a and b share the wide branch, b and c a narrow one.
+    family = share(
+        store,
+        ThreeBranches(1, 10, wide=64),
+        ThreeBranches(1, 20, wide=64),
+        ThreeBranches(3, 20, wide=64),
+    )
+    assert sets(family) == [("a", "b"), ("b", "c")]
+    assert family.flops_apart == 3 * (2 * 2 * 16 * 64 + LAYER)
+    assert family.flops == 2 * 2 * 2 * 16 * 64 + 2 * LAYER
+    names = {w.sha256 for b in family.blocks.values() for w in store.weights(b.manifest).values()}
+    assert len(store.tensors()) == len(names)
+
+
+class Stemmed(nn.Module):
+    """Branches of what a stem gives, traced in the order in which they are named."""
+
+    def __init__(self, *branches: int) -> None:
+        super().__init__()
+        self.stem = Chain(1, 2)
+        self.branches = nn.ModuleList(Chain(seed, seed + 1) for seed in branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        result: Tensor = torch.stack([branch(stem) for branch in self.branches]).sum(0)
+        return result
+
+
+@pytest.mark.parametrize("blocks", [1, 3, Everywhere(), AtModules(("stem.layers.1", "branches.1"))])
+def test_every_two_of_three_models_share_a_branch_behind_what_all_share(
+    store: Store, blocks: Where
+) -> None:
+    family = share_on(
+        store, (ROW,), Stemmed(10, 20), Stemmed(30, 20), Stemmed(10, 30), blocks=blocks
+    )
+    assert set(sets(family)) == {("a", "b", "c"), ("a", "b"), ("a", "c"), ("b", "c")}
+    assert family.flops == (2 + 3 * 2) * LAYER
+    assert family.flops_apart == 3 * (2 + 2 * 2) * LAYER
+    if blocks == 1:
+        assert [len(chain) for chain in chains(family)] == [4, 4, 4]
+        assert len(family.blocks["trunk-1"].manifest.outputs) == 1
+
+
+class Turned(nn.Module):
+    """Branches of which one gives a tensor that does not lie row after row."""
+
+    def __init__(self, left: int, right: int, head: int) -> None:
+        super().__init__()
+        self.left, self.right, self.head = linear(left), linear(right), linear(head, 4, 4)
+        self.requires_grad_(False)  # torch folds what lies otherwise only where gradients may come
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        left = torch.relu(self.left(x))
+        right = torch.relu(self.right(y)).view(-1, 4, 4).transpose(1, 2)
+        result: Tensor = self.head(right).reshape(-1, 16) + left
+        return result
+
+
+def test_what_cannot_travel_is_computed_by_those_who_take_it(store: Store) -> None:
+    family = share_on(store, PAIR, Turned(1, 10, 5), Turned(1, 20, 6), Turned(2, 20, 7))
+    assert sets(family) == [("a", "b"), ("b", "c")]
+    assert family.kept_apart == ()  # views are no work
+
+
+class WithState(nn.Module):
+    """An LSTM of which one model needs the states as well, and all write in place."""
+
+    def __init__(self, head: int, *, state: bool) -> None:
+        super().__init__()
+        self.stem, self.head, self.state = linear(1), linear(head), state
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.lstm = nn.LSTM(4, 16, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, (last, _) = self.lstm(self.stem(x).view(-1, 4, 4))
+        result: Tensor = self.head(steps[:, -1].relu_())
+        return result + last[0] if self.state else result
+
+
+def test_an_operator_that_gives_several_tensors_is_shared_whichever_are_needed(
+    store: Store,
+) -> None:
+    family = share(store, WithState(7, state=True), WithState(8, state=False))
+    [shared] = [block for block in family.blocks.values() if len(block.models) > 1]
+    assert shared.manifest.flops >= LAYER
+
+
+class Spread(nn.Module):
+    """Needs what every layer of the trunk gives."""
+
+    def __init__(self, head: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(linear(seed) for seed in range(10))
+        self.heads = nn.ModuleList(linear(head + seed) for seed in range(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = []
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            x = torch.relu(layer(x))
+            heads.append(head(x))
+        return torch.stack(heads).sum(0)
+
+
+def test_a_shared_block_gives_as_many_tensors_as_its_models_need(store: Store) -> None:
+    family = share(store, Spread(100), Spread(200))
+    assert family.flops == 3 * 10 * LAYER
+    [shared] = [block for block in family.blocks.values() if len(block.models) > 1]
+    assert len(shared.manifest.outputs) == 10
+
+
+class Cast(nn.Module):
+    """Asserts of its input what export asserts of all that is cast."""
+
+    def __init__(self, head: int | None) -> None:
+        super().__init__()
+        self.trunk, self.head = Chain(1, 2), None if head is None else linear(head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.trunk(x.to(torch.float32))
+        return result if self.head is None else self.head(result)
+
+
+def test_assertions_are_no_block_of_their_own(store: Store) -> None:
+    exported = export(Cast(None).eval(), (ROW,)).graph.nodes
+    assert any("assert" in str(node.target) for node in exported)
+    family = share(store, Cast(None), Cast(8), Cast(9))
+    assert family.flops == 4 * LAYER
+    for model in family.models:
+        assert all(model.blocks)
+
+
+class Tabled(nn.Module):
+    """Two branches, the second of which adds a table, the same for all rows."""
+
+    def __init__(self, left: Sequence[int], right: Sequence[int], head: int) -> None:
+        super().__init__()
+        self.left, self.right, self.head = Chain(*left), Chain(*right), linear(head)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        result: Tensor = self.head(self.left(x) + self.right(x)) + table
+        return result
+
+
+def test_where_tensors_without_rows_allow_chains_only_the_better_set_is_kept_and_it_is_said(
+    store: Store,
+) -> None:
+    ports = ROW, Port("table", "float32", (1, 16))
+    family = share_on(
+        store,
+        ports,
+        Tabled((1, 2), (10, 11, 12), 91),
+        Tabled((1, 2), (20, 21, 22), 92),
+        Tabled((3, 4), (20, 21, 22), 93),
+    )
+    assert sets(family) == [("b", "c")]
+    assert family.flops == (18 - 3) * LAYER
+    [said] = family.kept_apart
+    assert said.startswith(
+        f"a, b compute alike, but not in one block of them all, {2 * LAYER / 1000:.1f} kFLOP per "
+        "row with 2.2 kB of weights: "
+    )
+    assert "without rows cannot go" in said
+
+
+class Wide(nn.Module):
+    """A shared layer whose result only travels with its rows in front, which they are not."""
+
+    def __init__(self, head: int) -> None:
+        super().__init__()
+        self.shared, self.head = linear(1), linear(head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.mm(self.shared.weight, x.T).T.contiguous())
+        return result
+
+
+class Middle(nn.Module):
+    """Ends in a product whose result does not lie row after row, and goes on with it."""
+
+    def __init__(self, head: int) -> None:
+        super().__init__()
+        self.shared, self.head = linear(1), linear(head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.mm(self.shared.weight, x.T)
+        result: Tensor = self.head(turned.T * 2.0)
+        return result
+
+
+def test_what_cannot_be_cut_out_is_named_with_the_reason(store: Store) -> None:
+    assert sets(share(store, Wide(7), Wide(8))) == [("a", "b")]
+    family = share(store, Middle(7), Middle(8))
+    assert sets(family) == []
+    [said] = family.kept_apart
+    assert said.startswith("a, b compute alike, but not in one block of them all, 512 FLOP per row")
+    assert (
+        said.endswith("is alive there and has no batch dimension in front") or "row after" in said
+    )
+
+
+class Ignores(nn.Module):
+    """Takes a second input and does nothing with it; ends in a layer that another goes on from."""
+
+    def __init__(self, *seeds: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(linear(seed) for seed in seeds))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.layers(x)
+        return result
+
+
+def test_an_input_that_is_not_used_goes_to_a_block_that_is_a_models_own(store: Store) -> None:
+    family = share_on(store, PAIR, Ignores(1, 2), Ignores(1, 2, 3))
+    assert chains(family) == [("trunk", "a-2of2"), ("trunk", "b-2of2")]
+    assert family.blocks["trunk"].manifest.flops == LAYER
+    [said] = family.kept_apart
+    assert said.endswith("need a block that is a model's own, here of a, b")
+    assert chains(share_on(store, PAIR, Ignores(1, 2), Ignores(1, 2))) == [("trunk",), ("trunk",)]
+
+
+class Expression(nn.Module):
+    """A network written down as steps: (layer, value, other value or None), each a new value."""
+
+    def __init__(self, steps: Sequence[tuple[int, int, int | None]], ends: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(seed): linear(seed) for seed, *_ in steps})
+        self.steps, self.ends = tuple(steps), tuple(ends)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        values = [x, y]
+        for seed, first, second in self.steps:
+            value = self.layers[str(seed)](values[first])
+            values.append(torch.relu(value) if second is None else value + values[second])
+        return tuple(values[end] for end in self.ends)
+
+    def computed(self) -> Counter[object]:
+        """The layers that its outputs depend on, in words equal for equal computations."""
+        words: list[object] = ["x", "y"]
+        needed = set(self.ends)
+        for place, (_, first, second) in reversed([*enumerate(self.steps, 2)]):
+            if place in needed:
+                needed |= {first} if second is None else {first, second}
+        for seed, first, second in self.steps:
+            words.append((seed, words[first], None if second is None else words[second]))
+        # A layer of a value is the same computation whatever is done with its result.
+        steps = enumerate(self.steps, 2)
+        return Counter((seed, words[f]) for place, (seed, f, _) in steps if place in needed)
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_whatever_models_have_in_common_is_computed_once(store: Store, number: int) -> None:
+    """Networks drawn at random: no layer is in two blocks, and each model is what it was."""
+    draw = random.Random(number)
+    modules = []
+    for _ in range(draw.choice([2, 3, 4])):
+        steps: list[tuple[int, int, int | None]] = []
+        for count in range(draw.randint(2, 7)):
+            other = draw.choice([None, None, draw.randrange(count + 2)])
+            steps.append((draw.randrange(3), draw.randrange(max(0, count - 1), count + 2), other))
+        ends = {len(steps) + 1, draw.randrange(2, len(steps) + 2)}
+        modules.append(Expression(steps, sorted(ends)))
+    blocks = draw.choice([1, 1, 2, Everywhere()])
+    family = share_on(store, PAIR, *modules, blocks=blocks)
+    computed = [module.computed() for module in modules]
+    assert family.flops_apart == LAYER * sum(map(Counter.total, computed))
+    if not isinstance(blocks, Everywhere):  # in small pieces, equal blocks have other inputs
+        together: Counter[object] = Counter()
+        for each in computed:
+            together |= each
+        assert family.flops == LAYER * together.total()
+    assert family.kept_apart == ()
 
 
 class Noisy(nn.Module):

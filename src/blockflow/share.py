@@ -1,44 +1,25 @@
 """Sharing: several models into the fewest blocks, what they have in common cut out once.
 
-Note [What is shared]
-    Every value of a model has a hash of the whole computation that makes it (`identity.Values`):
-    operators, arguments, weights bit for bit, inputs by position. An operator with the same hash
-    in several models is the same computation on the same inputs, so with it everything that it
-    depends on is shared too: what models have in common is closed under "depends on", wherever in
-    the models it lies and in whatever order they were traced. A weight that differs in one bit is
-    another weight; near is not equal.
-
-Note [How sharing becomes blocks]
-    What models share becomes the beginning of each of their pipelines, and sets of sharers must lie
-    inside one another or apart, like folders:
-    1. Each operator has the set of models that compute it, made smaller where an operator that
-       must run before it, by data or by writes to the same memory, is in fewer.
-    2. Of the sets that overlap without one holding the other, the one that saves more arithmetic
-       is kept. Operators of the others count for the largest kept set inside theirs.
-    3. Each model's operators are ordered by these sets, the largest first. Operators only change
-       places with those that they do not depend on: nothing is computed differently.
-    4. Each set's part ends where most is saved: at the last place where its members can be cut.
-       What is left between there and the set's end, and a member that cannot be cut there, is by
-       itself.
-    The result is a tree: its root is what all models share, and each model is a path to a leaf.
+What is shared, and in which order, is decided in `parts`.
 
 Note [What a shared block gives]
-    Where the same values are alive in all models that share a block, it gives these, each model's
-    next block takes them all, and the pipeline is a chain. Where they are not, because one model
-    still needs an input, or a value from the middle, that another is done with, the block gives
-    all that any of them needs of what was computed. A model takes its part, and what it still
-    needs of its inputs comes straight from the client: its pipeline is a graph.
+    Where no other set overlaps with that of a block, and the same values are alive behind it in all
+    its models, it gives these, also those that it only passes on: the pipelines are chains.
+    Otherwise a block gives what any of its models needs of that which it computed itself, and what
+    else a model needs comes from where it is made, or from the client: its pipeline is a graph.
+    Tensors without rows cannot go through a graph, where requests are put together row by row. A
+    model that takes such is in none but chains, whose blocks pass on what any of their models
+    needs. Of sets that overlap there, the one that saves more arithmetic is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
-from collections import Counter, defaultdict, deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import assert_never
 
@@ -48,23 +29,18 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from blockflow.archive import read_archive
-from blockflow.artifact import Digest, Manifest, Port, Store
-from blockflow.cuts import BANDWIDTH, MAX_TENSORS, Analysis, choose, port_bytes
+from blockflow.artifact import Digest, Manifest, Store
+from blockflow.cuts import BANDWIDTH, MAX_TENSORS, choose, port_bytes
 from blockflow.errors import ModelRefused
 from blockflow.export import as_served, example, export, has_rows
 from blockflow.graph import (
-    batch_symbol,
-    input_nodes,
     input_ports,
-    is_batch_size,
-    is_random,
-    mutated_arguments,
     output_ports,
     plain_module,
 )
-from blockflow.identity import Values
 from blockflow.measure import ROWS
 from blockflow.models import ModuleSource, ProgramFile, ScriptFile, SourceModel
+from blockflow.parts import Gives, Member, Part, Sharers, common_parts, crossing
 from blockflow.split import (
     SLACK,
     AtModules,
@@ -81,13 +57,6 @@ from blockflow.split import (
 from blockflow.topology import Topology
 from blockflow.topology import parse as parse_topology
 from blockflow.wiring import by_rule, cycle
-
-Sharers = frozenset[int]
-"""Models, by their position among those given."""
-
-_Key = tuple[bytes, int]
-# An operator wherever it is: the hash of its value, and which of the operators with this hash it
-# is in its model.
 
 _Use = tuple[Digest, Hashable]
 # A block of a pipeline: its artifact, and what tells it from others with the same artifact.
@@ -130,11 +99,15 @@ class SharedModel:
 
 @dataclass(frozen=True)
 class Family:
-    """What `split_shared` made: models as paths through shared blocks, in the store at `store`."""
+    """What `split_shared` made: models as paths through shared blocks, in the store at `store`.
+
+    `kept_apart` says what models compute alike and yet each for itself, and why.
+    """
 
     store: Path
     models: tuple[SharedModel, ...]
     blocks: dict[str, SharedBlock]
+    kept_apart: tuple[str, ...] = ()
 
     @property
     def parameter_bytes(self) -> int:
@@ -184,31 +157,29 @@ def split_shared(
     say = progress or (lambda _: None)
     seen: dict[bytes, Tensor] = {}
     names: list[str] = []
-    members: list[_Member] = []
+    members: list[Member] = []
     for source in sources:
         name = _unique(source.name, names)
         names.append(name)
         say(f"{name}: exporting")
         program = read_source(source)
         _intern(program, seen)
-        members.append(_Member(name, program))
+        members.append(Member(name, program))
     if not members:
         raise ModelRefused("there is no model to split")
     say("comparing the models operator by operator")
-    sharers = _sharers(members)
-    trunks = _trunks(members, sharers)
-    for member, ranks in zip(members, _ranks(members, sharers, trunks), strict=True):
-        member.reorder(ranks)
-
+    parts, kept_apart = common_parts(members)
     made: list[_Made] = []
+    cuts = _cuts(members, parts, blocks)
     with store.writing():
-        for member, cuts in zip(members, _cuts(members, trunks, blocks), strict=True):
-            pieces = _pieces(member.analysis, cuts)
+        for member, own in zip(members, cuts, strict=True):
+            pieces = _pieces(member, own)
             built = build(
                 member.analysis, pieces, member.name, model=member.reference, progress=progress
             )
-            made.append(_Made(member, pieces, store_blocks(built, store, progress=progress)))
-    return _family(store, made)
+            stored = store_blocks(built, store, progress=progress)
+            made.append(_Made(member, own, pieces, stored))
+    return _family(store, made, kept_apart)
 
 
 def family_topology(family: Family, *, device: str = "cpu") -> Topology:
@@ -246,75 +217,95 @@ def _pipeline(model: SharedModel) -> dict[str, object]:
 class _Made:
     """A model, the pieces that it was cut into, and the stored block of each."""
 
-    member: _Member
+    member: Member
+    cuts: Sequence[_Cut]
     pieces: Sequence[Piece]
     result: SplitResult
 
+    @cached_property
+    def sources(self) -> list[list[tuple[int, int] | str]]:
+        """For each block what feeds its ports, and last where the outputs come from: an earlier
+        block and its port, by position, or the name of what clients send.
 
-def _family(store: Store, made: Sequence[_Made]) -> Family:
+        By position, as a block may have been stored by another model, which called its ports
+        otherwise.
+        """
+        analysis = self.member.analysis
+        ports = zip(analysis.inputs, analysis.input_ports, strict=True)
+        # What a block passes on is taken from it, be it an input of the model.
+        known: dict[fx.Node, tuple[int, int] | str] = {node: port.name for node, port in ports}
+        found = []
+        for index, piece in enumerate(self.pieces):
+            found.append([known[node] for node in piece.takes])
+            known.update((node, (index, port)) for port, node in enumerate(piece.gives))
+        last = len(self.pieces) - 1
+        if self.pieces[last].gives == tuple(analysis.outputs):  # of which two may be one tensor
+            found.append([(last, port) for port in range(len(analysis.outputs))])
+        else:
+            found.append([known[node] for node in analysis.outputs])
+        return found
+
+    def edges(self, uses: Sequence[_Use]) -> list[tuple[str, str]]:
+        return [
+            (str(uses[source[0]]), str(use))
+            for use, sources in zip(uses, self.sources, strict=False)
+            for source in sources
+            if not isinstance(source, str)
+        ]
+
+
+def _family(store: Store, made: Sequence[_Made], kept_apart: tuple[str, ...]) -> Family:
     names = [each.member.name for each in made]
     digests = [[block.digest for block in each.result.blocks] for each in made]
-    chains = [_uses(each) for each in digests]
-    if cycle([pair for chain in chains for pair in pairwise(map(str, chain))]):
+    uses = [_uses(each) for each in digests]
+    if cycle([edge for each, own in zip(made, uses, strict=True) for edge in each.edges(own)]):
         # Models that pass equal blocks in opposite orders could wait for each other for ever.
-        chains = [[(d, tuple(each[:i])) for i, d in enumerate(each)] for each in digests]
-    called = _name_blocks(names, chains)
+        uses = [
+            [(digest, (*cut.part, index)) for digest, cut in zip(own, each.cuts, strict=True)]
+            for index, (each, own) in enumerate(zip(made, digests, strict=True))
+        ]
+    called = _name_blocks(names, uses)
     blocks: dict[str, SharedBlock] = {}
-    for each, chain in zip(made, chains, strict=True):
-        for block, use in zip(each.result.blocks, chain, strict=True):
+    for each, own in zip(made, uses, strict=True):
+        for block, use in zip(each.result.blocks, own, strict=True):
             name = called[use]
             if name not in blocks:  # the first to store it tells whether it was there before
-                users = [n for n, other in zip(names, chains, strict=True) if use in other]
+                users = [n for n, other in zip(names, uses, strict=True) if use in other]
                 blocks[name] = SharedBlock(name, block.manifest, tuple(users), block.shared)
     models = tuple(
-        _model(each, tuple(called[use] for use in chain))
-        for each, chain in zip(made, chains, strict=True)
+        _model(each, tuple(called[use] for use in own))
+        for each, own in zip(made, uses, strict=True)
     )
-    return Family(store.root, models, blocks)
+    return Family(store.root, models, blocks, kept_apart)
 
 
 def _model(made: _Made, blocks: tuple[str, ...]) -> SharedModel:
-    """How a model's blocks are fed: by position, as a block may have been stored by another model,
-    which called its ports otherwise.
-    """
+    """A model as a pipeline through blocks of these names."""
     analysis = made.member.analysis
-    clients = {
-        node: f"input.{port.name}"
-        for node, port in zip(analysis.inputs, analysis.input_ports, strict=True)
-    }
+    manifests = [block.manifest for block in made.result.blocks]
     inputs = tuple(port.name for port in analysis.input_ports)
-    feeds: list[dict[str, str]] = []
-    given: dict[fx.Node, str] = {}
-    before: Sequence[Port] = ()
-    chain = True
-    for name, piece, block in zip(blocks, made.pieces, made.result.blocks, strict=True):
-        takes, gives = block.manifest.inputs, block.manifest.outputs
-        # What a block passes on is taken from it, be it an input of the model.
-        sources = [given.get(node) or clients[node] for node in piece.takes]
-        feeds.append(dict(zip((port.name for port in takes), sources, strict=True)))
-        if not before:
-            chain &= sources == [f"input.{each}" for each in inputs]
-        elif len(before) == len(takes):
-            rule = by_rule(before, takes)
-            chain &= sources == [f"{blocks[len(feeds) - 2]}.{rule[port.name]}" for port in takes]
-        else:
-            chain = False
-        before = gives
-        given = {n: f"{name}.{port.name}" for n, port in zip(piece.gives, gives, strict=True)}
-    outputs = [port.name for port in output_ports(analysis.program)]
-    ending = [given[node] for node in analysis.outputs]
-    if made.pieces[-1].gives == tuple(analysis.outputs):  # of which two may be one tensor
-        ending = [f"{blocks[-1]}.{port.name}" for port in before]
-    chain &= ending == [f"{blocks[-1]}.{port.name}" for port in before]
-    return SharedModel(
-        made.member.name,
-        blocks,
-        inputs,
-        tuple(outputs),
-        tuple(feeds),
-        dict(zip(outputs, ending, strict=True)),
-        chain,
-    )
+    outputs = tuple(port.name for port in output_ports(analysis.program))
+
+    def called(source: tuple[int, int] | str) -> str:
+        if isinstance(source, str):
+            return f"input.{source}"
+        block, port = source
+        return f"{blocks[block]}.{manifests[block].outputs[port].name}"
+
+    *fed, given = [[called(source) for source in sources] for sources in made.sources]
+    feeds = [
+        dict(zip((port.name for port in manifest.inputs), sources, strict=True))
+        for manifest, sources in zip(manifests, fed, strict=True)
+    ]
+    chain = fed[0] == [f"input.{name}" for name in inputs]
+    for index, (before, after) in enumerate(pairwise(manifests)):
+        chain &= len(before.outputs) == len(after.inputs)
+        if chain:
+            rule = by_rule(before.outputs, after.inputs)
+            chain &= fed[index + 1] == [f"{blocks[index]}.{rule[p.name]}" for p in after.inputs]
+    chain &= given == [f"{blocks[-1]}.{port.name}" for port in manifests[-1].outputs]
+    gives = dict(zip(outputs, given, strict=True))
+    return SharedModel(made.member.name, blocks, inputs, outputs, tuple(feeds), gives, chain)
 
 
 # --------------------------------------------------------------------------------------- reading
@@ -389,306 +380,76 @@ def _unique(name: str, taken: Sequence[str], mark: str = "-") -> str:
     return unique
 
 
-# ------------------------------------------------------------------------------------- comparing
-
-
-class _Member:
-    """One model of the family: its program, and the key and cost of each operator of its body."""
-
-    def __init__(self, name: str, program: ExportedProgram) -> None:
-        self.name = name
-        self.program = program
-        self.reference = plain_module(program)  # a copy, which keeps the order of the trace
-        _ask_inputs_for_rows(program)
-        self.analysis = Analysis(program)
-        self.before = _order(self.analysis)
-        self.values = Values(program, self.analysis.shadow)
-        count: Counter[bytes] = Counter()
-        self.keys: list[_Key] = []
-        for node in self.analysis.body:
-            made = self.values.declared(node)
-            self.keys.append((made, count[made]))
-            count[made] += 1
-
-    def reorder(self, ranks: Sequence[tuple[int, int]]) -> None:
-        """Bring the operators into the order of their ranks, as far as dependence allows."""
-        after: dict[int, list[int]] = defaultdict(list)
-        waiting = [len(before) for before in self.before]
-        for place, before in enumerate(self.before):
-            for each in before:
-                after[each].append(place)
-        ready = [(ranks[place], place) for place, count in enumerate(waiting) if not count]
-        heapq.heapify(ready)
-        order: list[int] = []
-        while ready:
-            _, place = heapq.heappop(ready)
-            order.append(place)
-            for each in after[place]:
-                waiting[each] -= 1
-                if not waiting[each]:
-                    heapq.heappush(ready, (ranks[each], each))
-        if order == sorted(order):
-            return
-        end = self.program.graph.output_node()
-        for place in order:
-            end.prepend(self.analysis.body[place])
-        self.program.graph.lint()
-        self.program.graph_module.recompile()
-        self.keys = [self.keys[place] for place in order]
-        self.analysis = Analysis(self.program)
-        self.values = Values(self.program, self.analysis.shadow)
-
-    def can_end(self, place: int) -> bool:
-        """Whether a block can end there, as far as this model goes, and what is alive changes."""
-        analysis = self.analysis
-        if place >= len(analysis.body):
-            return place == len(analysis.body)
-        changes = place < 1 or analysis.live(place) != analysis.live(place - 1)
-        return changes and analysis.obstacle(place) is None
-
-    def crossing(self, place: int) -> tuple[fx.Node, ...]:
-        """What is needed behind a place; the outputs at the end."""
-        analysis = self.analysis
-        return tuple(analysis.live(place) if place < len(analysis.body) else analysis.outputs)
-
-    def described(self, nodes: Iterable[fx.Node]) -> tuple[tuple[object, ...], ...]:
-        """Nodes in words that mean the same in all models that begin alike."""
-        analysis = self.analysis
-        return tuple(
-            ("input", analysis.inputs.index(node), self.values.declared(node))
-            if node in analysis.inputs
-            else ("place", place)
-            if (place := analysis.place(node)) is not None
-            else ("free", self.values.of(node))
-            for node in nodes
-        )
-
-    def computed(self, place: int) -> set[int] | None:
-        """Places of what was computed before `place` and is needed behind it.
-
-        None where that is nothing, or where the rest cannot come straight from the client: what a
-        pipeline joins must have rows, and an input that a block has written to is another one.
-        """
-        analysis = self.analysis
-        if analysis.batch is None or not all(map(has_rows, analysis.input_ports)):
-            return None
-        nodes = self.crossing(place)
-        clients = [node for node in nodes if node in analysis.inputs]
-        found = {analysis.place(node) for node in nodes if node not in analysis.inputs}
-        if not found:
-            return None
-        if clients and analysis.writes(0, len(analysis.body), clients):
-            return None
-        if place == len(analysis.body) and (
-            clients or any(analysis.misfit(node) is not None for node in nodes)
-        ):
-            return None  # what clients get comes from a block
-        return {each for each in found if each is not None} if None not in found else None
-
-    def seconds(self, first: int, last: int) -> float:
-        return self._until[last] - self._until[first]
-
-    @cached_property
-    def _until(self) -> list[float]:
-        return [*accumulate((cost.seconds for cost in self.analysis.costs), initial=0.0)]
-
-
-def _ask_inputs_for_rows(program: ExportedProgram) -> None:
-    """Take the number of rows from an input, wherever the trace took it from.
-
-    An operator that every model has would otherwise depend on one that only its own model has.
-    """
-    batch = batch_symbol(program)
-    batched = next(
-        (
-            node
-            for node in input_nodes(program)
-            if node.meta["val"].dim() and isinstance(node.meta["val"].shape[0], torch.SymInt)
-        ),
-        None,
-    )
-    if batched is not None:
-        for node in program.graph.nodes:
-            if is_batch_size(node, batch):
-                node.args = (batched, 0)
-
-
-def _order(analysis: Analysis) -> list[set[int]]:
-    """For each operator of the body, those that must run before it: places in the body.
-
-    They make what it takes, or touch memory that it writes, or wrote memory that it reads. Random
-    operators keep their order among themselves.
-    """
-    place = {node: index for index, node in enumerate(analysis.body)}
-    memory = analysis.shadow.memory
-    wrote: dict[int, int] = {}
-    reads: dict[int, list[int]] = defaultdict(list)
-    random: int | None = None
-    found: list[set[int]] = []
-    for index, node in enumerate(analysis.body):
-        before = {place[source] for source in node.all_input_nodes if source in place}
-        writes = {memory(each) for each in mutated_arguments(node)}
-        touches = {memory(each) for each in node.all_input_nodes}
-        before.update(wrote[each] for each in touches if each in wrote)
-        for each in writes:
-            before.update(reads.pop(each, ()))
-            wrote[each] = index
-        for each in touches - writes:
-            reads[each].append(index)
-        if is_random(node):
-            if random is not None:
-                before.add(random)
-            random = index
-        found.append(before)
-    return found
-
-
-def _sharers(members: Sequence[_Member]) -> dict[_Key, Sharers]:
-    """Which models compute each operator, after all that it depends on; see step 1 of the note."""
-    found: dict[_Key, set[int]] = defaultdict(set)
-    for index, member in enumerate(members):
-        for key, node in zip(member.keys, member.analysis.body, strict=True):
-            if not is_random(node):  # two draws are two values, whatever draws them
-                found[key].add(index)
-    changed = True
-    while changed:  # what one model takes away, another one may need
-        changed = False
-        for index, member in enumerate(members):
-            for key, before in zip(member.keys, member.before, strict=True):
-                mine = found[key]
-                if index not in mine:
-                    continue
-                size = len(mine)
-                for place in before:
-                    theirs = found[member.keys[place]]
-                    if index in theirs:
-                        mine &= theirs
-                    else:
-                        mine.discard(index)
-                changed |= len(mine) != size
-    return {key: frozenset(sharers) for key, sharers in found.items()}
-
-
-def _trunks(members: Sequence[_Member], sharers: Mapping[_Key, Sharers]) -> list[Sharers]:
-    """The sets of models whose common parts become blocks, the largest first; see step 2."""
-    saved: dict[Sharers, tuple[int, int]] = {}
-    counted = set()
-    for member in members:
-        for key, cost in zip(member.keys, member.analysis.costs, strict=True):
-            group = sharers[key]
-            if len(group) < 2 or key in counted:
-                continue
-            counted.add(key)
-            flops, size = saved.get(group, (0, 0))
-            others = len(group) - 1
-            saved[group] = (flops + others * cost.flops, size + others * cost.parameter_bytes)
-    kept: list[Sharers] = []
-    for group in sorted(saved, key=lambda each: (saved[each], sorted(each)), reverse=True):
-        if all(group <= other or other <= group or not group & other for other in kept):
-            kept.append(group)
-    return sorted(kept, key=len, reverse=True)
-
-
-def _ranks(
-    members: Sequence[_Member], sharers: Mapping[_Key, Sharers], trunks: Sequence[Sharers]
-) -> list[list[tuple[int, int]]]:
-    """For each model, where its operators belong: the larger trunk first; see step 3.
-
-    Within a trunk, the order is that of the first model in it.
-    """
-    places = [{key: place for place, key in enumerate(member.keys)} for member in members]
-    ranks = []
-    for index, member in enumerate(members):
-        mine = [trunk for trunk in trunks if index in trunk]
-        own = []
-        for place, key in enumerate(member.keys):
-            trunk = next((each for each in mine if each <= sharers[key]), None)
-            own.append((-1, place) if trunk is None else (-len(trunk), places[min(trunk)][key]))
-        ranks.append(own)
-    return ranks
-
-
 # --------------------------------------------------------------------------------------- cutting
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where a block of a model ends, and what it gives."""
+    """Where a block of a model ends, what it gives, and which block of which part it is."""
 
     place: int
     gives: tuple[fx.Node, ...]
+    part: tuple[Sharers, int]
 
 
-def _cuts(members: Sequence[_Member], trunks: Sequence[Sharers], blocks: Where) -> list[list[_Cut]]:
-    """Where to cut each model: at the ends of its trunks, and in between; see step 4.
+def _cuts(members: Sequence[Member], parts: Sequence[Part], blocks: Where) -> list[list[_Cut]]:
+    """Where to cut each model: at the ends of its parts, and in between.
 
     The last cut of each is its end.
     """
     average = sum(member.seconds(0, len(member.keys)) for member in members) / len(members)
-    asked = _asked(members, blocks.names if isinstance(blocks, AtModules) else ())
-    reached = [0] * len(members)
+    bounds_of = [
+        {part.starts[index] + part.length for part in parts if index in part.group}
+        for index in range(len(members))
+    ]
+    names = blocks.names if isinstance(blocks, AtModules) else ()
+    asked = _asked(members, bounds_of, names)
     found: list[list[_Cut]] = [[] for _ in members]
-
-    def cut(group: Sequence[int], end: int, ending: Sequence[tuple[fx.Node, ...]]) -> None:
-        """Cut the models of a group at an end that they have in common, and in the part before."""
-        those = [members[index] for index in group]
-        start = max(reached[index] for index in group)
+    for part in parts:
+        index, start = min(part.starts.items())
+        first = members[index]
         within = [
-            (place, gives)
-            for place in range(start + 1, end)
-            if all(member.can_end(place) for member in those)
-            and (gives := _given(those, place)) is not None
+            (offset, gives)
+            for offset in range(1, part.length)
+            if (gives := _within(members, part, offset)) is not None
         ]
-        bounds = [start, *(place for place, _ in within), end]
+        bounds = [start, *(start + offset for offset, _ in within), start + part.length]
         match blocks:
             case int():
-                parts = round(those[0].seconds(start, end) * blocks / average)
+                count = round(first.seconds(bounds[0], bounds[-1]) * blocks / average)
                 chosen = choose(
-                    [those[0].seconds(a, b) for a, b in pairwise(bounds)],
-                    [
-                        sum(map(port_bytes, those[0].analysis.named(gives[0])))
-                        for _, gives in within
-                    ],
-                    min(max(parts, 1), len(within) + 1),
+                    [first.seconds(a, b) for a, b in pairwise(bounds)],
+                    [sum(map(port_bytes, first.analysis.named(each[index]))) for _, each in within],
+                    min(max(count, 1), len(within) + 1),
                     byte_seconds=ROWS / BANDWIDTH,
                     slack=SLACK,
                 )
             case AtModules():
-                places = set().union(*(asked[index] for index in group))
-                chosen = [each for each, (place, _) in enumerate(within) if place in places]
+                wanted = {p - s for i, s in part.starts.items() for p in asked[i]}
+                chosen = [each for each, (offset, _) in enumerate(within) if offset in wanted]
             case Everywhere():
                 chosen = [*range(len(within))]
             case _:
                 assert_never(blocks)
-        for place, everybody in [*(within[each] for each in chosen), (end, ending)]:
-            for index, nodes in zip(group, everybody, strict=True):
-                found[index].append(_Cut(place, nodes))
-        for index in group:
-            reached[index] = end
-
-    waiting = deque(sorted(trunk) for trunk in trunks)
-    while waiting:
-        group = waiting.popleft()
-        end = _end(members, group, reached)
-        if end is None:
-            continue
-        cut(end.group, end.place, end.gives)
-        left = [index for index in group if index not in end.group]
-        if len(left) > 1:
-            waiting.appendleft(left)
-    for index, member in enumerate(members):
-        if reached[index] < len(member.keys):
-            cut([index], len(member.keys), [member.crossing(len(member.keys))])
-    for member, cuts, wanted in zip(members, found, asked, strict=True):
-        for place in wanted.keys() - {each.place for each in cuts}:
+        ends = [*(within[each][0] for each in chosen), part.length]
+        if not part.chained:
+            ends = _giving(members, part, ends)
+        for number, (begin, end) in enumerate(pairwise([0, *ends])):
+            gives = _gives(members, part, begin, end)
+            for each, first_place in part.starts.items():
+                found[each].append(_Cut(first_place + end, gives[each], (part.group, number)))
+    for member, cuts, places in zip(members, found, asked, strict=True):
+        for place in places.keys() - {each.place for each in cuts}:
             raise ModelRefused(
-                f"{member.name} cannot be cut before {wanted[place]} together with the models that "
+                f"{member.name} cannot be cut before {places[place]} together with the models that "
                 "it shares that part with: too much is alive there for all of them"
             )
     return found
 
 
-def _asked(members: Sequence[_Member], modules: Sequence[str]) -> list[dict[int, str]]:
+def _asked(
+    members: Sequence[Member], ends: Sequence[set[int]], modules: Sequence[str]
+) -> list[dict[int, str]]:
     """The places of each model before which modules begin, with their names. Raises ModelRefused.
 
     Every model that has a module of a name must be one that can be cut there.
@@ -702,84 +463,80 @@ def _asked(members: Sequence[_Member], modules: Sequence[str]) -> list[dict[int,
             analysis = members[index].analysis
             place = analysis.place_of(name)
             reason = analysis.obstacle(place) if place else "it begins with it"
-            if reason is not None:
+            if reason is not None and place not in ends[index]:
                 raise ModelRefused(f"{members[index].name} cannot be cut before {name}: {reason}")
             found[index][place] = name
     return found
 
 
-@dataclass(frozen=True)
-class _End:
-    """Where what a group of models shares ends, and what each has to be given there."""
-
-    group: tuple[int, ...]
-    place: int
-    gives: tuple[tuple[fx.Node, ...], ...]
-
-
-def _end(members: Sequence[_Member], group: Sequence[int], reached: Sequence[int]) -> _End | None:
-    """The end of a trunk that saves most, for all or some of its models.
-
-    One where all are given the same is taken for as good if it saves nearly as much.
-    """
-    start = max(reached[index] for index in group)
-    first = members[group[0]]
-    length = _common([members[index].keys for index in group])
-    alike: tuple[float, _End] | None = None
-    best: tuple[float, _End] | None = None
-    for place in range(start + 1, length + 1):
-        able = [index for index in group if members[index].can_end(place)]
-        kinds: dict[tuple[object, ...], list[int]] = defaultdict(list)
-        for index in able:
-            kinds[members[index].described(members[index].crossing(place))].append(index)
-        largest = max(kinds.values(), key=len, default=[])
-        for chosen in (able, largest):
-            if len(chosen) < 2:
-                continue
-            gives = _given([members[index] for index in chosen], place)
-            if gives is None:
-                continue
-            saved = (len(chosen) - 1) * first.seconds(start, place)
-            end = saved, _End(tuple(chosen), place, tuple(gives))
-            if best is None or saved >= best[0]:
-                best = end
-            if len(kinds) == 1 and (alike is None or saved >= alike[0]):
-                alike = end
-    if alike is not None and best is not None and alike[0] >= (1 - SLACK) * best[0]:
-        return alike[1]
-    return None if best is None else best[1]
+def _gives(members: Sequence[Member], part: Part, begin: int, end: int) -> Gives:
+    """What the block between two offsets in a part gives; see Note [What a shared block gives]."""
+    if part.chained:
+        alive = crossing(members, part.starts, end)
+        if alive is None:
+            raise AssertionError("what crosses in a chain was looked at before")
+        return alive
+    gives = _computed(members, part, begin, end)
+    for index, start in part.starts.items():
+        analysis = members[index].analysis
+        if start + end == len(analysis.body):
+            odd = [node for node in analysis.outputs if analysis.place(node) is None]
+            # Where there are but assertions, what they guard waits for them.
+            gives[index] = (*gives[index], *odd) or tuple(analysis.outputs)
+    return gives
 
 
-def _given(members: Sequence[_Member], place: int) -> list[tuple[fx.Node, ...]] | None:
-    """What a block that ends there gives, as nodes of each model; None where that is no block.
+def _giving(members: Sequence[Member], part: Part, ends: Sequence[int]) -> list[int]:
+    """Those of the ends within a part between which each of its models gets something."""
+    found = [0]
+    for end in ends:
+        if all(members[i].given(s + found[-1], s + end) for i, s in part.starts.items()):
+            found.append(end)
+    # What comes last and gives nothing is of the block before it.
+    return [*found[1:-1], part.length]
 
-    See Note [What a shared block gives].
-    """
-    crossing = [member.crossing(place) for member in members]
-    ends = [place == len(member.keys) for member in members]
-    if len({m.described(nodes) for m, nodes in zip(members, crossing, strict=True)}) == 1:
-        fits = all(ends) or len(crossing[0]) <= MAX_TENSORS
-        return crossing if fits else None
-    computed = [member.computed(place) for member in members]
-    known = [each for each in computed if each is not None]
-    together = sorted(set().union(*known))
-    if len(known) < len(computed) or not 0 < len(together) <= MAX_TENSORS:
+
+def _within(members: Sequence[Member], part: Part, offset: int) -> Gives | None:
+    """What is alive where a block may end inside a part; None where none can end."""
+    if not all(members[index].changes(start + offset) for index, start in part.starts.items()):
         return None
-    return [tuple(member.analysis.body[each] for each in together) for member in members]
+    if part.chained:
+        found = crossing(members, part.starts, offset)
+    else:
+        found = _computed(members, part, 0, offset)
+        for index, start in part.starts.items():
+            analysis, place = members[index].analysis, start + offset
+            if (
+                not members[index].given(start, place)
+                or any(analysis.misfit(node) is not None for node in found[index])
+                or analysis.writes(place, len(analysis.body), found[index])
+                # What takes an input behind it would take it as the client sent it.
+                or analysis.writes(start, start + part.length, analysis.inputs)
+            ):
+                return None
+    if found is None or not 0 < len(found[min(part.group)]) <= MAX_TENSORS:
+        return None
+    return found
 
 
-def _common(sequences: Sequence[Sequence[_Key]]) -> int:
-    """How many keys all sequences have in common at their beginning."""
-    count = 0
-    for keys in zip(*sequences, strict=False):
-        if len(set(keys)) > 1:
-            break
-        count += 1
-    return count
+def _computed(members: Sequence[Member], part: Part, first: int, last: int) -> Gives:
+    """What any of a part's models needs of what a stretch of it computes."""
+    needed = sorted(
+        {
+            place - start
+            for index, start in part.starts.items()
+            for place in members[index].given(start + first, start + last)
+        }
+    )
+    return {
+        index: tuple(members[index].analysis.body[start + each] for each in needed)
+        for index, start in part.starts.items()
+    }
 
 
-def _pieces(analysis: Analysis, cuts: Sequence[_Cut]) -> list[Piece]:
+def _pieces(member: Member, cuts: Sequence[_Cut]) -> list[Piece]:
     """The blocks of a model between its cuts, with what each takes and gives."""
+    analysis = member.analysis
     named = dict(zip(analysis.inputs, analysis.input_ports, strict=True))
     order = {node: index for index, node in enumerate((*analysis.inputs, *analysis.body))}
     starts = [0, *(cut.place for cut in cuts[:-1])]
@@ -789,9 +546,9 @@ def _pieces(analysis: Analysis, cuts: Sequence[_Cut]) -> list[Piece]:
         passed = {node for node in cut.gives if node in order and node not in own}
         needed.append(analysis.used(start, cut.place) | passed)
     # An input that nothing needs is still an input, and the last block is most a model's own.
-    needed[-1].update(node for node in analysis.inputs if not any(node in n for n in needed))
+    needed[-1 if member.has_rows else 0].update(member.unused)
     pieces = []
-    given: tuple[fx.Node, ...] = ()
+    given: set[fx.Node] = set()
     for index, (start, cut) in enumerate(zip(starts, cuts, strict=True)):
         takes = tuple(sorted(needed[index], key=order.__getitem__))
         handed = tuple(node for node in takes if node in given)
@@ -806,7 +563,7 @@ def _pieces(analysis: Analysis, cuts: Sequence[_Cut]) -> list[Piece]:
         outputs = output_ports(analysis.program) if last else analysis.named(cut.gives)
         inputs = tuple(ports[node] for node in takes)
         pieces.append(Piece(start, cut.place, takes, inputs, cut.gives, outputs))
-        given = cut.gives
+        given.update(cut.gives)
     return pieces
 
 

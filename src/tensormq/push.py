@@ -398,10 +398,11 @@ class Push:
 
         A peer that is gone is not waited for: sending says so.
         """
-        return all(
-            peer.lost is not None or peer._lane is None or peer._lane.pool.free > 0
-            for peer in _peers(to)
-        )
+        for peer in (to,) if isinstance(to, Peer) else to:
+            lane = peer._lane
+            if lane is not None and lane.pool.free == 0 and peer.lost is None:
+                return False
+        return True
 
     def _live(self, peer: Peer) -> _Lane:
         if peer.lost is not None or peer._lane is None:

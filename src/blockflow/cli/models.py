@@ -24,13 +24,14 @@ from blockflow.cli.text import operations, print_table, short_digest, size
 from blockflow.errors import BlockFlowError, InvalidInput
 from blockflow.measure import ROWS, Measure
 from blockflow.topology import Precision, Topology, dump, parse
+from blockflow.wiring import path as path_of
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from blockflow.models import ScriptFile
     from blockflow.plot import Profile
-    from blockflow.share import Family
+    from blockflow.share import Family, SharedBlock
     from blockflow.split import SplitResult
 
 _DIGEST = re.compile(r"(sha256-)?[0-9a-f]{4,64}")
@@ -154,7 +155,7 @@ def split(
         with place.using(used, output):
             _replace(output, text)
     if share:
-        _print_family(family, output)
+        _print_family(family, topology, output)
     else:
         _print_split(result, topology, output, measured)
 
@@ -427,37 +428,43 @@ def _print_split(
     typer.echo(f"pipeline {pipeline} is in {output}; next: blockflow serve --topology {output}")
 
 
-def _print_family(family: Family, output: Path) -> None:
-    """The tree of blocks, from what most models share to what each has for itself."""
+def _print_family(family: Family, topology: Topology, output: Path) -> None:
+    """The blocks, from what most models share to what each has for itself: as a tree if they are
+    one, and otherwise as a list with the path of each model.
+    """
     console = Console()
-    tree = Tree(Text("input"), guide_style="dim")
-    branches: dict[tuple[str, ...], Tree] = {(): tree}
     leaves: dict[tuple[str, ...], list[str]] = {}
     for model in family.models:
         leaves.setdefault(model.blocks, []).append(model.name)
-    for model in family.models:
-        for depth, name in enumerate(model.blocks, 1):
-            path = model.blocks[:depth]
-            if path in branches:
-                continue
-            block = family.blocks[name]
-            label = Text(name, style="bold" if len(block.models) > 1 else "")
-            flops = block.manifest.flops
-            label.append(f"  {size(block.manifest.parameter_bytes)}", style="cyan")
-            label.append(f"  {operations(flops)}" if flops else "", style="cyan")
-            label.append(f"  {short_digest(block.digest)}", style="dim")
+    paths = dict.fromkeys(
+        model.blocks[:depth] for model in family.models for depth in range(1, len(model.blocks) + 1)
+    )
+    console.print()
+    if len(paths) == len(family.blocks):
+        tree = Tree(Text("input"), guide_style="dim")
+        branches: dict[tuple[str, ...], Tree] = {(): tree}
+        for path in paths:
+            label = _described(family.blocks[path[-1]])
             ends = leaves.get(path, [])
-            if len(block.models) > 1:
-                label.append(f"  shared by {_listed(block.models)}")
-            if ends and ends != [name]:
+            if ends and ends != [path[-1]]:
                 label.append(f"  → {_listed(ends)}", style="green")
             branches[path] = branches[path[:-1]].add(label)
-    console.print()
-    console.print(tree, highlight=False)
-    apart, together = family.parameter_bytes_apart, family.parameter_bytes
-    if apart == together and len(family.models) > 1:
+        console.print(tree, highlight=False)
+    else:
+        for block in family.blocks.values():
+            console.print(_described(block))
+        console.print()
+        for name, pipeline in topology.pipelines.items():
+            console.print(Text(f"{name}: {path_of(pipeline)}"))
+    if not any(len(block.models) > 1 for block in family.blocks.values()) and (
+        len(family.models) > 1 and not family.kept_apart
+    ):
         console.print()
         typer.echo("the models have nothing in common: no operator of one is one of another")
+    for said in family.kept_apart:
+        console.print()
+        console.print(Text(said))
+    apart, together = family.parameter_bytes_apart, family.parameter_bytes
     saved = 1 - together / apart if apart else 0.0
     print_table(
         console,
@@ -478,6 +485,17 @@ def _print_family(family: Family, output: Path) -> None:
         f"{count} pipeline{'' if count == 1 else 's'} through {len(family.blocks)} blocks "
         f"{'is' if count == 1 else 'are'} in {output}; next: blockflow serve --topology {output}"
     )
+
+
+def _described(block: SharedBlock) -> Text:
+    label = Text(block.name, style="bold" if len(block.models) > 1 else "")
+    flops = block.manifest.flops
+    label.append(f"  {size(block.manifest.parameter_bytes)}", style="cyan")
+    label.append(f"  {operations(flops)}" if flops else "", style="cyan")
+    label.append(f"  {short_digest(block.digest)}", style="dim")
+    if len(block.models) > 1:
+        label.append(f"  shared by {_listed(block.models)}")
+    return label
 
 
 def _listed(names: Sequence[str]) -> str:
