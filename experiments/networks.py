@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockflow.artifact import Manifest, Port, Store
+from blockflow.backends import round_to_tf32
 from blockflow.models import ModuleSource
 from blockflow.program import Program, load
 from blockflow.runner import prepare
@@ -54,9 +54,7 @@ def begin(device: str, precision: Precision) -> None:
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
         torch.cuda.set_stream(torch.cuda.Stream(device))
-        backends: Any = torch.backends  # of whose settings its types know only the older ones
-        for setting in (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul):
-            setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        round_to_tf32(precision == "tf32")
 
 
 def run_by(program: Program, rows: int, how: str) -> Call:
