@@ -138,6 +138,7 @@ class Block:
             max_delay=spec.max_delay_ms / 1000,
             alone=any(not port.shape or port.shape[0] != BATCH for port in program.ports),
         )
+        self._can_batch = self._limits.max_rows > 1 and not self._limits.alone
         self._queue: deque[Item] = deque()
         # Of a batch that failed: computed one by one, before all others.
         self._suspects: deque[Item] = deque()
@@ -314,8 +315,6 @@ class Block:
         self.fresh = False
         while (message := self._pull.poll()) is not None:
             self._take(message)
-        self._resolve_times()
-        self._expire()
         self._flush()
         wait: float | None = None
         if self._outbox:
@@ -326,6 +325,9 @@ class Block:
             wait = 0.0
         elif self._queue:
             wait = self._step()
+        # Not before: a request that came waits for none of this.
+        self._resolve_times()
+        self._expire()
         if wait is not None:
             return wait
         if self._launches is not None and self._launches.asked:
@@ -457,14 +459,20 @@ class Block:
 
     def _step(self) -> float | None:
         """Compute what should be computed now; gives the seconds to wait for more before asking."""
+        occupied = False
+        if self._launches is not None and len(self._launches) >= _AHEAD and self._can_batch:
+            self._resolve_times()
+            occupied = len(self._launches) >= _AHEAD
         now = time.monotonic()
-        occupied = self._launches is not None and len(self._launches) >= _AHEAD
         queue = [item.waiting for item in self._queue]
         decision = decide(queue, self._limits, now, self._busy_until, occupied=occupied)
         batch = self._take_out(set(decision.expired), set(decision.batch))
         if batch:
-            self._count(batch)
             self._compute(batch)
+            requests = self._counts.requests
+            for item in batch:
+                pipeline = item.way.pipeline
+                requests[pipeline] = requests.get(pipeline, 0) + 1
             self._busy_until = time.monotonic()
             return 0.0 if self._queue or self._suspects else None
         if decision.wake is None:
@@ -508,8 +516,8 @@ class Block:
                 self._suspects.extend(batch)
                 return
             self._fail_items(batch, error)
-        self._held = batch
-        self._flush()
+            for item in batch:
+                item.drop()
 
     def _forward(self, batch: Sequence[Item], mine: Sequence[Entry]) -> None:
         started = time.monotonic()
@@ -536,9 +544,6 @@ class Block:
             pairs = zip(batch, hops, strict=True)
             asked = tuple((item, past[-1]) for item, past in pairs if past is not None)
             self._launches.add(began, mine, asked)
-        self._counts.sizes.add(len(batch))
-        if computed is not None:
-            self._counts.compute.add(computed)
         # Outputs of a block that is a mere view lie in memory that is lent to it.
         lent = (
             set()
@@ -551,21 +556,25 @@ class Block:
             whole = last - first == len(batch)
             sent = outputs if whole else {name: each[cut] for name, each in outputs.items()}
             self._hand_on(batch[first:last], hops[first:last], sent, lent)
+        self._held = batch
+        self._flush()
+        self._count(batch, started, computed)
 
-    def _count(self, batch: Sequence[Item]) -> None:
-        counts = self._counts.requests
+    def _count(self, batch: Sequence[Item], started: float, computed: float | None) -> None:
+        counts = self._counts
+        counts.sizes.add(len(batch))
+        if computed is not None:
+            counts.compute.add(computed)
         for item in batch:
-            pipeline = item.way.pipeline
-            counts[pipeline] = counts.get(pipeline, 0) + 1
+            counts.queue.add(item.queued(started))
+            counts.hop.add(item.hop)
 
     def _hops(self, item: Item, started: float, computed: float | None) -> tuple[Hop, ...] | None:
-        """Count a request's times; gives them with those from before if somebody asked for them."""
-        queued = max(0.0, started - item.sent - item.hop)
-        self._counts.queue.add(queued)
-        self._counts.hop.add(item.hop)
+        """A request's times so far, if somebody asked for them."""
         if item.hops is None:
             return None
         compute_ms = None if computed is None else computed * 1e3
+        queued = item.queued(started)
         return (*item.hops, Hop(self.spec.name, item.hop * 1e3, queued * 1e3, compute_ms))
 
     @contextlib.contextmanager

@@ -149,6 +149,10 @@ class Item(_Value, frozen=True, eq=False):
     sent: float
     hop: float
 
+    def queued(self, until: float) -> float:
+        """Seconds that it has waited here."""
+        return max(0.0, until - self.sent - self.hop)
+
     def drop(self) -> None:
         for part in self.parts.values():
             part.arrival.drop()

@@ -42,18 +42,23 @@ class Ledger:
             self._page = mmap.mmap(fd, _SIZE)
         finally:
             os.close(fd)
+        # Views with items of their own: to store one is all that writing takes.
+        self._ids = memoryview(self._page).cast("Q")
+        self._deadlines = memoryview(self._page)[_DEADLINES:].cast("d")
 
     def write(self, entries: Sequence[Entry]) -> None:
         """From now on, exactly these requests are being computed."""
         count = min(len(entries), _MOST)
-        if count:
-            ids, deadlines = zip(*entries[:count], strict=True)
-            struct.pack_into(f"<{count}d", self._page, _DEADLINES, *deadlines)
-            struct.pack_into(f"<{count}Q", self._page, 8, *ids)
+        for place in range(count):
+            request, deadline = entries[place]
+            self._deadlines[place] = deadline
+            self._ids[1 + place] = request
         # The count last: a reader never sees ids that were not written yet.
-        struct.pack_into("<Q", self._page, 0, count)
+        self._ids[0] = count
 
     def close(self) -> None:
+        self._ids.release()
+        self._deadlines.release()
         self._page.close()
         self.path.unlink(missing_ok=True)
 
