@@ -401,7 +401,7 @@ def test_a_slow_body_is_not_waited_for(address: tuple[str, int], chunked: bool) 
         connection.sendall(b"4\r\nabcd\r\n" if chunked else b"abcd")
         status, error, rest = status_and_error(connection)
         assert (status, error) == (408, "the request's body did not arrive within 0.4 s")
-        assert time.monotonic() - began >= 0.4
+        assert time.monotonic() - began > 0.39  # a timer may fire a clock's tick early
         assert rest == b""  # and the connection is closed
 
 

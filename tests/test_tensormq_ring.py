@@ -150,6 +150,34 @@ def test_the_bell_rings_once_for_a_sleeper(bell: tuple[int, int]) -> None:
     assert os.read(bell[0], 100) == b"\0"
 
 
+def test_a_sleeper_is_roused_once_and_finds_nothing(bell: tuple[int, int]) -> None:
+    shared = memory()
+    writer, reader = Writer(shared, bell[1]), Reader(shared)
+    writer.rouse()
+    assert select.select([bell[0]], [], [], 0)[0] == []
+    reader.park()
+    writer.rouse()
+    writer.rouse()
+    assert os.read(bell[0], 100) == b"\0"
+    assert not reader.ready
+
+
+@pytest.mark.parametrize("spin", [0.0, 0.001])
+def test_a_consumer_is_roused_where_loops_look_out_before_they_sleep(
+    run_dir: Path, spin: float
+) -> None:
+    endpoint = f"ipc://{run_dir}/pull.sock"
+    with Loop(spin=spin) as loop, Pull(endpoint, loop=loop):
+        push = Push(slots=1, slot_bytes=256, loop=loop)
+        peer = push.connect(endpoint)
+        assert peer._line is not None
+        words = peer._line.outgoing._words
+        words[PARKED // 8] = 1  # as a loop that sleeps says of itself
+        push.rouse([peer])
+        assert words[PARKED // 8] == (spin == 0.0)
+        push.close()
+
+
 def test_a_bell_that_nobody_hears_is_no_error(bell: tuple[int, int]) -> None:
     while True:
         try:

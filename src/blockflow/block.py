@@ -370,6 +370,9 @@ class Block:
             for _ in requests:
                 arrival.drop()
             return
+        if self._gpu:
+            # What a GPU computes is announced at once.
+            self._push.rouse(way.followers)
         # While the block was busy with others, what came waited for it and not for the way.
         hop = max(0.0, time.monotonic() - max(arrival.sent, self._busy_until))
         start = 0

@@ -121,7 +121,8 @@ class Leg(_Value, frozen=True, eq=False):
 class Way(_Value, frozen=True, eq=False):
     """What a block knows of a route: where its inputs come from, where its outputs go.
 
-    `rows` is the most that one message from it may carry. `results` hears of failures.
+    `rows` is the most that one message from it may carry. `results` hears of failures. `followers`
+    are all to whom tensors go.
     """
 
     pipeline: PipelineName
@@ -130,6 +131,7 @@ class Way(_Value, frozen=True, eq=False):
     legs: tuple[Leg, ...]
     rows: int
     results: Peer
+    followers: tuple[Peer, ...]
 
 
 class Item(_Value, frozen=True, eq=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from blockflow.handover import Leg, Neighbour, Way
@@ -38,6 +39,7 @@ class Ways:
         legs = self._legs(route, following)
         if answers:
             legs.append(Leg((results,), answers))
+        sent = [leg.to for leg in legs if isinstance(leg.to, tuple)]
         self._known[route.id] = Way(
             pipeline=route.pipeline,
             feeds=step.feeds,
@@ -45,6 +47,7 @@ class Ways:
             legs=tuple(legs),
             rows=min((self._spec.max_batch, *(each.max_batch for each in following))),
             results=results,
+            followers=tuple(dict.fromkeys(itertools.chain(*sent))),
         )
 
     def forget(self, routes: Iterable[RouteId]) -> None:
@@ -52,13 +55,7 @@ class Ways:
         for route in routes:
             self._known.pop(route, None)
         needed = {id(way.results) for way in self._known.values()}
-        needed |= {
-            id(peer)
-            for way in self._known.values()
-            for leg in way.legs
-            if isinstance(leg.to, tuple)
-            for peer in leg.to
-        }
+        needed |= {id(peer) for way in self._known.values() for peer in way.followers}
         for key, peer in tuple(self._peers.items()):
             if id(peer) not in needed:
                 del self._peers[key]

@@ -98,6 +98,11 @@ class Loop:
     def unwatch_ring(self, ring: Reader) -> None:
         self._rings = [entry for entry in self._rings if entry[0] is not ring]
 
+    @property
+    def spins(self) -> bool:
+        """Whether it looks out for a while before it sleeps."""
+        return self._spin > 0
+
     def stir(self) -> None:
         """Something happened: an answer may follow soon, so the loop does not sleep yet."""
         self._stirred = time.monotonic()

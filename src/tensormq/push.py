@@ -393,6 +393,18 @@ class Push:
         layout = self._layouts[key] = wire.Layout(wire.lay_out(tensors, self._slot_bytes))
         return layout
 
+    def rouse(self, to: Iterable[Peer]) -> None:
+        """Wake those of `to` that sleep, for something will be sent to them within a millisecond.
+
+        A sleeping process takes up to hundreds of microseconds to wake; so it does while this end
+        still makes what it will send. Does nothing where loops do not look out before they sleep
+        again, nor for peers without a ring.
+        """
+        if self._loop.spins:
+            for peer in to:
+                if peer._line is not None:
+                    peer._line.outgoing.rouse()
+
     def has_room(self, to: Peer | Sequence[Peer]) -> bool:
         """Whether tensors can be sent to all of `to` now, without waiting for a slot.
 

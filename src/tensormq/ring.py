@@ -110,9 +110,14 @@ class Writer:
         self._fence.acquire()
         self._fence.release()
         if self._words[_PARKED]:
+            self.rouse()
+        return True
+
+    def rouse(self) -> None:
+        """Wake the reader if it sleeps, be it for a frame that is still to follow."""
+        if self._words[_PARKED]:
             self._words[_PARKED] = 0  # one byte is enough for all that follows
             ring_bell(self._bell)
-        return True
 
     def close(self) -> None:
         self._words.release()
