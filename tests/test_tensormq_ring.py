@@ -178,6 +178,36 @@ def test_a_consumer_is_roused_where_loops_look_out_before_they_sleep(
         push.close()
 
 
+@pytest.mark.parametrize("spin", [0.0, 0.001])
+def test_what_nothing_tells_of_is_asked_for_until_it_says_that_all_is_known(spin: float) -> None:
+    answers = deque([*[False] * 20, True, False, None])
+    heard: list[bool | None] = []
+
+    def question() -> bool | None:
+        heard.append(answers.popleft())
+        return heard[-1]
+
+    with Loop(spin=spin) as loop:
+        loop.ask(question)
+        loop.run_once(30)
+        assert heard == [False] * 20 + [True]
+        loop.run_once(30)
+        assert heard[-2:] == [False, None]
+        loop.run_once(0.01)
+        assert not answers
+
+
+def test_a_loop_that_asks_is_woken_at_once() -> None:
+    called = threading.Event()
+    with Loop(spin=0) as loop:
+        loop.ask(lambda: False)
+        sleeper = threading.Thread(target=lambda: loop.run_until(called.is_set, 30))
+        sleeper.start()
+        loop.call_soon(called.set)
+        sleeper.join(10)
+        assert not sleeper.is_alive()
+
+
 def test_a_bell_that_nobody_hears_is_no_error(bell: tuple[int, int]) -> None:
     while True:
         try:

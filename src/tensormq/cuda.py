@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -384,35 +383,48 @@ class Completions:
     """Runs a callback in the loop's thread once the GPU has done what it was given so far.
 
     Only where a host must know: before it is told of tensors that were copied to host memory,
-    and before host memory that a GPU copies from is given back. A thread waits, the loop does not.
+    and before host memory that a GPU copies from is given back. The loop asks, and waits for
+    nothing. For streams that each do their work in order: one at a time.
     """
 
     def __init__(self, loop: Loop, device: str) -> None:
         self._loop = loop
         self._device = torch.device(device)
-        self._waiting: queue.SimpleQueue[tuple[torch.cuda.Event, Callable[[], None]] | None]
-        self._waiting = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="tensormq-completions", daemon=True)
-        self._thread.start()
+        self._waiting: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
+        self._asked = False
+        # To make an event takes as long as to record it.
+        self._spare: list[torch.cuda.Event] = []
 
     def after_current_stream(self, callback: Callable[[], None]) -> None:
-        event = torch.cuda.Event(enable_timing=False, blocking=True)
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=False)
         event.record(torch.cuda.current_stream(self._device))
-        self._waiting.put((event, callback))
+        self._waiting.append((event, callback))
+        if not self._asked:
+            self._asked = True
+            self._loop.ask(self._done)
 
     def close(self) -> None:
-        """Wait for everything that was begun; its callbacks are queued when this returns."""
-        self._waiting.put(None)
-        self._thread.join()
+        """Wait for everything that was begun; its callbacks were called when this returns."""
+        # In the loop, which hears of it if a producer dies whose content the GPU waits for.
+        self._loop.run_until(lambda: not self._waiting)
 
-    def _run(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            event, callback = item
+    def _done(self) -> bool | None:
+        """Run the callbacks of what is done: whether there was any, None where none is left."""
+        found = False
+        while self._waiting:
+            event, callback = self._waiting[0]
             try:
-                event.synchronize()
+                if not event.query():
+                    return found
             except RuntimeError as error:
                 # The context is poisoned; whoever launched the work gets the same error and
                 # ends the process. Nothing computed may be announced from here on.
                 log.critical("a GPU operation failed: %s", error)
-                return
-            self._loop.call_soon(callback)
+                self._waiting.clear()
+                break
+            self._waiting.popleft()
+            self._spare.append(event)
+            found = True
+            callback()
+        self._asked = False
+        return None

@@ -19,7 +19,11 @@ from .ring import Reader, ring_bell
 
 Callback = Callable[[], None]
 
+Question = Callable[[], bool | None]
+
 _BACKSTOP = 0.1  # seconds; see Loop._park
+_ASK = 2e-4
+"""Seconds that a loop sleeps at a time while it asks for what nothing tells it of."""
 _GLANCES = 16
 """How often the rings are looked at before the sockets are, which takes a system call each."""
 
@@ -59,6 +63,7 @@ class Loop:
         # the poller, which asks each of its sources every time, asks one for all of them.
         self._descriptors = select.epoll()
         self._rings: list[tuple[Reader, Callback]] = []
+        self._questions: list[Question] = []
         self._calls: deque[Callback] = deque()
         self._spin = default_spin() if spin is None else spin
         self._stirred = time.monotonic()
@@ -97,6 +102,14 @@ class Loop:
 
     def unwatch_ring(self, ring: Reader) -> None:
         self._rings = [entry for entry in self._rings if entry[0] is not ring]
+
+    def ask(self, question: Question) -> None:
+        """Call `question` again and again: True is that it has found something, None that it need
+        not be asked any more.
+
+        For what no descriptor tells of, such as a GPU. From the loop's thread.
+        """
+        self._questions = [*self._questions, question]
 
     @property
     def spins(self) -> bool:
@@ -143,6 +156,11 @@ class Loop:
             if ring.ready:
                 callback()
                 found = True
+        for question in self._questions:
+            answer = question()
+            if answer is None:
+                self._questions = [each for each in self._questions if each is not question]
+            found = found or answer is not False
         self._glances += 1
         if self._glances >= _GLANCES or not self._rings:
             found = self._poll(0) or found
@@ -175,7 +193,7 @@ class Loop:
         be missed all the same, the sleep is cut short.
         """
         wait = None if end is None else max(0.0, end - time.monotonic())
-        if not self._rings:
+        if not self._rings and not self._questions:
             return self._poll(wait)
         for ring, _ in self._rings:
             ring.park()
@@ -184,11 +202,19 @@ class Loop:
         found = False
         try:
             if not any(ring.ready for ring, _ in self._rings):
-                found = self._poll(_BACKSTOP if wait is None else min(wait, _BACKSTOP))
+                found = self._doze(_BACKSTOP if wait is None else min(wait, _BACKSTOP))
         finally:
             for ring, _ in self._rings:  # others, perhaps: callbacks open and close channels
                 ring.unpark()
         return self._look() or found
+
+    def _doze(self, wait: float) -> bool:
+        """As `_poll`, but for a moment only while there is something to ask for."""
+        if not self._questions:
+            return self._poll(wait)
+        # ZeroMQ's poller counts in milliseconds. The bell is heard at once all the same.
+        select.select([self._wake], [], [], min(wait, _ASK))
+        return self._poll(0)
 
     def _poll(self, wait: float | None) -> bool:
         """Handle what sockets and descriptors have within `wait` seconds (None: for ever)."""

@@ -632,7 +632,6 @@ class Pull:
         if self._completions is not None:
             self._completions.close()
             self._completions = None
-            self._loop.run_once(0)
         for channel in tuple(self._channels.values()):
             self._end(channel)
         self._loop.unwatch(self._socket)
