@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -253,6 +254,8 @@ def poisson(
         free = sent < len(due) and waiting < under_way
         # ZeroMQ waits whole milliseconds, rounded up: the last one is spent asking.
         pause = max(0.0, due[sent] - time.monotonic() - 0.001) if free else 0.05
+        if not pause:
+            os.sched_yield()  # where cores are few, those that compute the answers need this one
         for answer in poll(pause):
             waiting -= 1
             answered.append(answer.at - begin)
@@ -285,9 +288,10 @@ _TRIES = 2
 def next_rate(steps: Sequence[Step], start: float, rates: int) -> float | None:
     """The rate to try next when the highest that meets a limit is looked for; None at the end.
 
-    Begins at `start`. A rate counts as too high when it failed twice: one slow moment of the
-    machine is not the system's limit. Ends after `rates` different ones, or when the highest that
-    was met is within a twentieth of the lowest that was not.
+    Begins at `start`, and falls by more and more until one is met. A rate counts as too high when
+    it failed twice: one slow moment of the machine is not the system's limit. Ends after `rates`
+    different ones, or when the highest that was met is within a twentieth of the lowest that was
+    not.
     """
     tried: dict[float, list[bool]] = {}
     for step in steps:
@@ -304,7 +308,7 @@ def next_rate(steps: Sequence[Step], start: float, rates: int) -> float | None:
     if failed is None:
         return last * _WIDER
     if held is None:
-        return failed / _WIDER
+        return failed / _WIDER ** len(tried)
     return None if failed <= held * _CLOSE else (held + failed) / 2
 
 

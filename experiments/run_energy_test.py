@@ -4,10 +4,10 @@
 
 NVML's total energy counter is read before and after a fixed number of inferences, chosen so that
 they take some seconds. It is behind by a fraction of a second, so before each measurement comes a
-pause, and then a stretch of the very load that is measured: what the counter has not seen at the end
-is as much as it still had to count at the beginning. The power of the idle GPU is measured the same
-way, before any process uses it and again when all variants are loaded and wait; the latter, times
-the duration, is subtracted for the net figure.
+pause, and then a stretch of the very load that is measured: what the counter has not seen at the
+end is as much as it still had to count at the beginning. The power of the idle GPU is measured the
+same way, before any process uses it and again when all variants are loaded and wait; the latter,
+times the duration, is subtracted for the net figure.
 
 One synchronous client, and enough of them to saturate (--clients), each for every number of rows.
 Blocks compute one request at a time, as the baselines do, which is measured for requests of one

@@ -370,7 +370,7 @@ def main() -> None:
             options.max_batch or (32 if lab.gpu else 8),
             options.seconds or (1.0 if options.quick else 3.0),
             options.p99 or (20.0 if lab.gpu else None),
-            6 if options.quick else 10,
+            8 if options.quick else 12,
         )
         lab.say(f"building {max(counts)} tasks")
         source = lab.source()
