@@ -304,7 +304,7 @@ def report(lab: Lab, results: Mapping[str, Any]) -> None:
                     f"{each['saturated_per_second']:.1f}",
                     f"{each['saturated_p99_ms']:.1f}",
                     f"{within['per_second']:.1f}",
-                    f"{within['p99_ms']:.1f} of {each['p99_limit_ms']:.0f}",
+                    f"{within['p99_ms']:.1f} of {each['p99_limit_ms']:.3g}",
                     f"{each['bytes'] / MIB:.0f}",
                     f"{each['max_difference']:.1e}",
                 ]
