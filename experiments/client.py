@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -173,6 +174,20 @@ class Run:
     ms: list[float]
     difference: float
     kept_up: float = 1.0
+
+
+_ENOUGH = 100
+_LEAST = 32
+_LONGER = 4
+
+
+def how_many(seconds: float, each: float) -> int:
+    """Requests for about `seconds` when one is answered every `each` seconds.
+
+    At least a hundred where they take at most four times as long, and 32 however long they take.
+    """
+    fewest = _ENOUGH if _ENOUGH * each <= _LONGER * seconds else _LEAST
+    return max(fewest, math.ceil(seconds / each))
 
 
 def closed_loop(variant: Variant, requests: Questions, side: str, count: int, clients: int) -> Run:

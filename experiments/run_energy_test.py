@@ -26,7 +26,7 @@ from typing import Any
 
 import figures
 import networks
-from client import Requests, Variant, closed_loop
+from client import Requests, Variant, closed_loop, how_many
 from lab import Lab, arguments, at_least, at_most, shuffled
 from variants import (
     BATCHING,
@@ -46,19 +46,6 @@ from variants import (
 _FEWEST = 8
 _PAUSE = 0.5
 _LEAD_IN = 0.3
-_ENOUGH = 100
-_LEAST = 32
-_LONGER = 4
-"""A run may take so many times --seconds to have enough requests."""
-
-
-def how_many(seconds: float, each: float) -> int:
-    """Requests for about `seconds` when one is answered every `each` seconds.
-
-    At least a hundred where they do not take too long, and 32 however long they take.
-    """
-    fewest = _ENOUGH if _ENOUGH * each <= _LONGER * seconds else _LEAST
-    return max(fewest, math.ceil(seconds / each))
 
 
 def idle(lab: Lab, seconds: float) -> float | None:

@@ -38,7 +38,7 @@ from client import (
     poisson,
 )
 from deployed import Entry, House
-from families import Family, Task
+from families import Task
 from lab import MIB, Lab, Memory, arguments, at_least, at_most
 
 _ALONE = 64
@@ -253,30 +253,6 @@ def measure(lab: Lab, tasks: Sequence[Task], load: Load) -> dict[str, dict[str, 
     return found
 
 
-def memory_of(
-    found: Mapping[str, Mapping[str, Any]], bare: int, family: Family, tasks: Sequence[Task]
-) -> dict[str, Any]:
-    """Memory of the trunk's side as a part of the monoliths', and what arithmetic says of it.
-
-    `bare` is what one process takes without a model, which both sides take once. `bound_weights`:
-    if nothing but weights took memory beyond it, 1 - s (1 - 1 / N); `bound_in_all`: the same with
-    it. What is beyond both is what graphs, their buffers and channels take.
-    """
-    apart, shared = found["monoliths"]["bytes"], found["one trunk"]["bytes"]
-    weights_apart, weights_shared = len(tasks) * family.task_bytes, family.unique_bytes(tasks)
-    return {
-        "beyond_context": (shared - bare) / (apart - bare) if apart > bare else None,
-        "bound_weights": weights_shared / weights_apart,
-        "in_all": shared / apart,
-        "bound_in_all": (bare + weights_shared) / (bare + weights_apart),
-        "weights_bytes": {"monoliths": weights_apart, "one trunk": weights_shared},
-        "beyond_weights_bytes": {
-            "monoliths": apart - bare - weights_apart,
-            "one trunk": shared - bare - weights_shared,
-        },
-    }
-
-
 def targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     last = rows[-1]
     shared, apart = last["found"]["one trunk"], last["found"]["monoliths"]
@@ -382,7 +358,9 @@ def main() -> None:
         for count in counts:
             tasks = family.tasks[:count]
             found = measure(lab, tasks, load)
-            memory = memory_of(found, bare, family, tasks)
+            memory = families.memory(
+                {name: each["bytes"] for name, each in found.items()}, bare, family, tasks
+            )
             rows.append({"tasks": count, "found": found, "memory": memory})
         results = {
             "model": options.model,

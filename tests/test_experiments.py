@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import client
+import families
 import lab
 import numpy as np
 import page
 import pytest
-import run_energy_test
-import run_sharing_test
 import torch
 from deployed import Entry
 from families import Family, Task
@@ -211,9 +210,9 @@ def test_every_round_has_all_in_an_order_of_its_own() -> None:
 
 
 def test_enough_requests_where_time_allows() -> None:
-    assert run_energy_test.how_many(4, 0.001) == 4000
-    assert run_energy_test.how_many(4, 0.1) == 100
-    assert run_energy_test.how_many(1, 0.09) == 32
+    assert client.how_many(4, 0.001) == 4000
+    assert client.how_many(4, 0.1) == 100
+    assert client.how_many(1, 0.09) == 32
 
 
 class Card:
@@ -259,8 +258,8 @@ def test_memory_is_charged_to_who_took_it() -> None:
 def test_memory_beyond_one_context() -> None:
     tasks = tuple(Task(f"task{n}", "trunk", f"head{n}") for n in range(4))
     family = Family(tasks, 0.75, 100, {"trunk": 75, **{f"head{n}": 25 for n in range(4)}})
-    found = {"monoliths": {"bytes": 1000 + 440}, "one trunk": {"bytes": 1000 + 220}}
-    memory = run_sharing_test.memory_of(found, 1000, family, tasks)
+    taken = {"monoliths": 1000 + 440, "one trunk": 1000 + 220}
+    memory = families.memory(taken, 1000, family, tasks)
     assert memory["beyond_context"] == 0.5
     assert memory["bound_weights"] == pytest.approx(1 - 0.75 * (1 - 1 / 4))
     assert memory["in_all"] == pytest.approx(1220 / 1440)
