@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +21,10 @@ Inputs = Mapping[str, Any]
 
 _TIMEOUT = 60.0
 _UNDER_WAY = 16
+ANSWERED = 0.95
+"""Of what was offered, so much must be answered in the same time, or too much was offered."""
+_SETTLED = 0.1
+"""Of a stretch of arrivals, the part that is left out where answers are counted: a queue fills."""
 _CHECKED = 16
 """Under load, one answer of so many is compared: a client that compares all would be the limit."""
 
@@ -159,11 +165,29 @@ def _one(variant: Variant, end: float) -> Answer:
 
 @dataclass(frozen=True)
 class Run:
-    """A stretch of requests: its `seconds`, and the milliseconds of each that was answered."""
+    """A stretch of requests: its `seconds`, and the milliseconds of each that was answered.
+
+    `kept_up`: of requests that came at a given rate, the part that was answered meanwhile.
+    """
 
     seconds: float
     ms: list[float]
     difference: float
+    kept_up: float = 1.0
+
+
+_ENOUGH = 100
+_LEAST = 32
+_LONGER = 4
+
+
+def how_many(seconds: float, each: float) -> int:
+    """Requests for about `seconds` when one is answered every `each` seconds.
+
+    At least a hundred where they take at most four times as long, and 32 however long they take.
+    """
+    fewest = _ENOUGH if _ENOUGH * each <= _LONGER * seconds else _LEAST
+    return max(fewest, math.ceil(seconds / each))
 
 
 def closed_loop(variant: Variant, requests: Questions, side: str, count: int, clients: int) -> Run:
@@ -189,41 +213,120 @@ def closed_loop(variant: Variant, requests: Questions, side: str, count: int, cl
     return Run(last - begin, times, worst)
 
 
+def schedule(rate: float, seconds: float, seed: int) -> list[float]:
+    """When requests are due that come at random, `rate` a second: seconds from the beginning.
+
+    Their number is what `rate` and `seconds` say, at least 8, and they are spread until exactly
+    that many are due at `rate`: what is offered is what was asked for, whatever was drawn.
+    """
+    count = max(8, round(rate * seconds))
+    moments = np.cumsum(np.random.default_rng(seed).exponential(1, count))
+    due: list[float] = (moments * (count / rate / moments[-1])).tolist()
+    return due
+
+
+def kept_up(due: Sequence[float], answered: Sequence[float]) -> float:
+    """The part of what came due in a stretch that was answered in it; at most 1.
+
+    Both in seconds from the stretch's beginning. Between two moments of a steady state as many are
+    answered as come due; were it counted from the beginning, those that are under way at the end
+    would be missing, and a short stretch would look overloaded.
+    """
+    begin, end = _SETTLED * due[-1], due[-1]
+    came = sum(begin < at <= end for at in due)
+    went = sum(begin < at <= end for at in answered)
+    return min(1.0, went / came)
+
+
 def poisson(
     send: Callable[[int], None],
     poll: Callable[[float], list[Answer]],
     rate: float,
     seconds: float,
     check: Callable[[Answer], float],
+    *,
     seed: int = 0,
+    under_way: int = _UNDER_WAY,
 ) -> Run:
     """Requests that arrive at random moments, `rate` a second, whether or not others are done.
 
-    A request's time counts from the moment at which it should have been sent. Gives up when the
-    last answer is as late as the whole stretch is long: nobody waits for a queue that only grows.
+    At most `under_way` of them are sent and not answered; the others wait here. A request's time
+    counts from the moment at which it should have been sent. Gives up when the last answer is as
+    late as the whole stretch is long: nobody waits for a queue that only grows.
     """
-    gaps = np.random.default_rng(seed).exponential(1 / rate, max(8, round(rate * seconds)))
+    offsets = schedule(rate, seconds, seed)
     begin = time.monotonic() + 0.01
-    due = (begin + np.cumsum(gaps)).tolist()
-    last = due[-1] + seconds
-    sent, times, worst = 0, [], 0.0
+    due = [begin + offset for offset in offsets]
+    last = due[-1] + max(seconds, offsets[-1])
+    sent, times, answered, worst = 0, [], [], 0.0
     waiting = 0
-    at = begin
     while len(times) < len(due) and (not times or time.monotonic() < last):
         now = time.monotonic()
-        while sent < len(due) and due[sent] <= now and waiting < _UNDER_WAY:
+        while sent < len(due) and due[sent] <= now and waiting < under_way:
             send(sent)
             sent += 1
             waiting += 1
-        free = sent < len(due) and waiting < _UNDER_WAY
+        free = sent < len(due) and waiting < under_way
         # ZeroMQ waits whole milliseconds, rounded up: the last one is spent asking.
         pause = max(0.0, due[sent] - time.monotonic() - 0.001) if free else 0.05
+        if not pause:
+            os.sched_yield()  # where cores are few, those that compute the answers need this one
         for answer in poll(pause):
-            at = answer.at
             waiting -= 1
+            answered.append(answer.at - begin)
             times.append((answer.at - due[answer.number]) * 1e3)
             if len(times) % _CHECKED == 1:
                 worst = max(worst, check(answer))
     while waiting and time.monotonic() < last + _TIMEOUT:  # the next stretch begins with nothing
         waiting -= len(poll(0.05))
-    return Run(max(at - begin, seconds), times, worst)
+    return Run(max(offsets[-1], *answered), times, worst, kept_up(offsets, answered))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stretch of a search: requests `offered` a second, and `per_second` answered."""
+
+    offered: float
+    per_second: float
+    p50_ms: float
+    p99_ms: float
+    requests: int
+    max_difference: float
+    met: bool
+
+
+_WIDER = 1.25
+_CLOSE = 1.05
+_TRIES = 2
+
+
+def next_rate(steps: Sequence[Step], start: float, rates: int) -> float | None:
+    """The rate to try next when the highest that meets a limit is looked for; None at the end.
+
+    Begins at `start`, and falls by more and more until one is met. A rate counts as too high when
+    it failed twice: one slow moment of the machine is not the system's limit. Ends after `rates`
+    different ones, or when the highest that was met is within a twentieth of the lowest that was
+    not.
+    """
+    tried: dict[float, list[bool]] = {}
+    for step in steps:
+        tried.setdefault(step.offered, []).append(step.met)
+    if not tried:
+        return start
+    last = steps[-1].offered
+    if not any(tried[last]) and len(tried[last]) < _TRIES:
+        return last
+    held = max((rate for rate, met in tried.items() if any(met)), default=None)
+    failed = min((rate for rate, met in tried.items() if not any(met)), default=None)
+    if len(tried) >= rates:
+        return None
+    if failed is None:
+        return last * _WIDER
+    if held is None:
+        return failed / _WIDER ** len(tried)
+    return None if failed <= held * _CLOSE else (held + failed) / 2
+
+
+def best_step(steps: Sequence[Step]) -> Step | None:
+    """The step with the highest rate that met the limit."""
+    return max((step for step in steps if step.met), key=lambda step: step.offered, default=None)

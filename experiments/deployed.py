@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,18 @@ class _Controller(Controller):
         return found
 
 
-def _serve(control: Connection, topology: Mapping[str, Any], folder: str, parent: int) -> None:
+def _serve(
+    control: Connection, topology: Mapping[str, Any], folder: str, depth: int, parent: int
+) -> None:
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     start_logging("server", "warning")
-    asyncio.run(_run(control, topology, Path(folder)))
+    asyncio.run(_run(control, topology, Path(folder), depth))
 
 
-async def _run(control: Connection, topology: Mapping[str, Any], folder: Path) -> None:
+async def _run(control: Connection, topology: Mapping[str, Any], folder: Path, depth: int) -> None:
     options = ServeOptions(
-        topology=parse(topology), log_level="warning", ready_timeout_s=300, queue_depth=SLOTS
+        topology=parse(topology), log_level="warning", ready_timeout_s=300, queue_depth=depth
     )
     run_dir = folder / "run"
     run_dir.mkdir(mode=0o700)
@@ -99,17 +101,18 @@ class House:
 
     Once `wait_ready` has returned, `url` is its inference API, and `joining` the environment in
     which other processes share the GPU with its workers under MPS (empty where they do not): there
-    the GPU is cuda:0.
+    the GPU is cuda:0. depth: requests under way from the gateway through a first block, for which
+    it takes host memory that is pinned.
     """
 
-    def __init__(self, topology: Mapping[str, Any], folder: Path) -> None:
+    def __init__(self, topology: Mapping[str, Any], folder: Path, depth: int = SLOTS) -> None:
         folder.mkdir(mode=0o700)
         spawn = mp.get_context("spawn")
         self._control, theirs = spawn.Pipe()
         self._process = spawn.Process(
             # A daemon, so that it ends with an experiment that fails.
             target=_serve,
-            args=(theirs, dict(topology), str(folder), os.getpid()),
+            args=(theirs, dict(topology), str(folder), depth, os.getpid()),
             daemon=True,
         )
         self._process.start()
@@ -150,17 +153,30 @@ class Entry:
     """A client of a House in the place of its gateway; see `client.Variant`.
 
     It serves one pipeline or several. Each first block gets a Push end of its own, as the gateway
-    gives it; tensors on the device come from a Push end on that device.
+    gives it. sides: where tensors may be, "host" or "device". Ends on the device have memory there
+    and make this process's CUDA context, so they are made only where they are asked for.
+    slots, rows: requests under way in each channel, and the most rows of one (None: as many as the
+    block takes).
     """
 
-    def __init__(self, house: House, folder: Path, pipelines: Sequence[str], device: str) -> None:
+    def __init__(
+        self,
+        house: House,
+        folder: Path,
+        pipelines: Sequence[str],
+        device: str,
+        *,
+        sides: Collection[str],
+        slots: int = SLOTS,
+        rows: int | None = None,
+    ) -> None:
         self._device = device
         self._gpu = device.startswith("cuda")
         self._loop = Loop()
         self._pulls: dict[str, Pull] = {}
         self._ways: dict[tuple[str, int], tuple[Push, Peer, Route]] = {}
         self._side = "host"
-        for side in ("host", "device") if self._gpu else ("host",):
+        for side in sides:
             endpoint = f"ipc://{folder}/{pipelines[0]}.{side}.sock"
             place = None if side == "host" else device
             self._pulls[side] = Pull(endpoint, device=place, loop=self._loop)
@@ -169,13 +185,17 @@ class Entry:
                 route = house.lay(pipeline, endpoint, lambda: self._loop.run_once(0.02))
                 first = route.steps[0].endpoint
                 if first not in pushes:
-                    rows = route.steps[0].max_batch
-                    size = slot_size({p.name: (p.dtype, p.sized(rows)) for p in route.inputs})
-                    push = Push(slots=SLOTS, slot_bytes=size, device=place, loop=self._loop)
+                    most = rows or route.steps[0].max_batch
+                    size = slot_size({p.name: (p.dtype, p.sized(most)) for p in route.inputs})
+                    push = Push(slots=slots, slot_bytes=size, device=place, loop=self._loop)
                     pushes[first] = push, push.connect(first)
                 self._ways[side, index] = (*pushes[first], route)
 
     def use(self, side: str) -> None:
+        if side not in self._pulls:
+            raise ValueError(
+                f"no ends for tensors on the {side}: made for {', '.join(self._pulls)}"
+            )
         self._side = side
 
     def send(self, number: int, inputs: Inputs, pipeline: int = 0) -> None:
@@ -188,7 +208,10 @@ class Entry:
 
     def poll(self, seconds: float) -> list[Answer]:
         pull = self._pulls[self._side]
-        self._loop.run_until(lambda: bool(pull.waiting), seconds)
+        if seconds > 0:
+            self._loop.run_until(lambda: bool(pull.waiting), seconds)
+        else:
+            self._loop.run_once(0)  # with no time left, run_until does not look at all
         answers: list[Answer] = []
         while (message := pull.poll()) is not None:
             with message:

@@ -179,3 +179,28 @@ def monolith(
 ) -> Chain:
     """A task by itself, with weights of its own, whoever else is there."""
     return Chain(store, [task.trunk, task.head], rows, device, how, precision)
+
+
+def memory(
+    taken: Mapping[str, int], bare: int, family: Family, tasks: Sequence[Task]
+) -> dict[str, Any]:
+    """Memory of "one trunk" as a part of that of "monoliths", and what arithmetic says of it.
+
+    `taken` are their bytes. `bare` is what one process takes without a model, which both sides take
+    once. `bound_weights`: if nothing but weights took memory beyond it, 1 - s (1 - 1 / N);
+    `bound_in_all`: the same with it. What is beyond both is what graphs, their buffers and channels
+    take.
+    """
+    apart, shared = taken["monoliths"], taken["one trunk"]
+    weights_apart, weights_shared = len(tasks) * family.task_bytes, family.unique_bytes(tasks)
+    return {
+        "beyond_context": (shared - bare) / (apart - bare) if apart > bare else None,
+        "bound_weights": weights_shared / weights_apart,
+        "in_all": shared / apart,
+        "bound_in_all": (bare + weights_shared) / (bare + weights_apart),
+        "weights_bytes": {"monoliths": weights_apart, "one trunk": weights_shared},
+        "beyond_weights_bytes": {
+            "monoliths": apart - bare - weights_apart,
+            "one trunk": shared - bare - weights_shared,
+        },
+    }

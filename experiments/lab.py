@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -69,7 +70,11 @@ def arguments(description: str | None, *, model: str) -> argparse.ArgumentParser
     parser.add_argument(
         "--precision", default="fp32", choices=("fp32", "tf32"), help="of every variant"
     )
-    parser.add_argument("--quick", action="store_true", help="a bounded run: less than 90 s")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a short run: two to three minutes with a GPU and 16 cores (see README.md)",
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where results go")
     parser.add_argument("--store", type=Path, help="keep blocks here, for the next experiment")
     return parser
@@ -260,10 +265,17 @@ class Memory:
         tree = psutil.Process(root)
         return sum(p.memory_full_info().pss for p in (tree, *tree.children(recursive=True)))
 
-    def settle(self) -> None:
-        """Wait until what was given back has arrived."""
-        end = time.monotonic() + 10
-        while self._lab.gpu and self._used() - self._before > 16 * MIB and time.monotonic() < end:
+    def grown(self, root: int, earlier: int) -> int:
+        """What `root` takes now, which took `earlier` when this was made and alone took more."""
+        return earlier + self.taken(root) if self._lab.gpu else self.taken(root)
+
+    def settle(self, seconds: float = 10) -> None:
+        """Wait until what was given back has arrived, and say so when some of it does not come."""
+        end = time.monotonic() + seconds
+        while self._lab.gpu and (held := self._used() - self._before) > 16 * MIB:
+            if time.monotonic() > end:
+                self._lab.say(f"{held / MIB:.0f} MiB of the GPU were not given back")
+                break
             time.sleep(0.1)
 
 
@@ -280,14 +292,16 @@ def statistics(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def interleaved(items: Sequence[Any], rounds: int) -> Iterator[Any]:
-    """Every item once a round, each round beginning with another one.
+def shuffled(items: Sequence[Any], rounds: int, seed: int = 0) -> Iterator[Any]:
+    """Every item once a round, each round in an order of its own, the same for the same seed.
 
     A slow moment of the machine then meets all variants, and no variant always follows the same.
     """
-    for number in range(rounds):
-        start = number % len(items)
-        yield from (*items[start:], *items[:start])
+    choose = random.Random(seed)  # noqa: S311 - repeatable, not secret
+    for _ in range(rounds):
+        order = list(items)
+        choose.shuffle(order)
+        yield from order
 
 
 def at_least(name: str, wanted: float, found: float | None) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
     python experiments/page.py docs/results/experiments-cpu --title "Experiments on a CPU"
 
-Reads every JSON in the folder and writes `<folder>.md` beside it. Nothing on the page is typed by
-hand but what --notes (a Markdown file) says, which comes after the targets.
+Reads every JSON in the folder and writes `<folder>.md` beside it. Runs of one experiment with other
+settings (mps-off, tf32) stand side by side. Nothing on the page is typed by hand but what --notes
+(a Markdown file) says, which comes first, and `notes.md` in the folder, which comes after the
+targets: why those were missed that were.
 """
 
 from __future__ import annotations
@@ -180,18 +182,48 @@ def sharing(found: Found) -> list[str]:
             f"{each['saturated_per_second']:.1f}",
             f"{each['saturated_p99_ms']:.1f}",
             f"{each['within']['per_second']:.1f}",
-            f"{each['within']['p99_ms']:.1f} of {each['p99_limit_ms']:.0f}",
+            f"{each['within']['p99_ms']:.1f} of {each['p99_limit_ms']:.3g}",
             f"{each['bytes'] / _MIB:.0f}",
             f"{each['max_difference']:.1e}",
         ]
         for row in found["rows"]
         for name, each in row["found"].items()
     ]
-    columns = ["tasks", "one at a time, p50 ms", "16 clients, /s", "p99 ms", "within p99, /s"]
+    clients = f"{found['clients']} clients, /s"
+    columns = ["tasks", "one at a time, p50 ms", clients, "p99 ms", "within p99, /s"]
+    memories = [
+        [
+            str(row["tasks"]),
+            "" if row["memory"]["beyond_context"] is None else f"{beyond:.3f}",
+            f"{row['memory']['bound_weights']:.3f}",
+            f"{row['memory']['in_all']:.3f}",
+            f"{row['memory']['bound_in_all']:.3f}",
+            *(f"{each / _MIB:.0f}" for each in row["memory"]["beyond_weights_bytes"].values()),
+        ]
+        for row in found["rows"]
+        for beyond in [row["memory"]["beyond_context"]]
+    ]
     return [
-        f"{found['model']}, {found['share']:.1%} of a task's bytes shared; random tasks.",
+        f"{found['model']}, {found['share']:.1%} of a task's bytes shared; random tasks;",
+        f"batches up to {found['max_batch']}.",
         "",
         *table([*columns, "p99 ms", f"{found['memory']}, MiB", "max diff"], rows),
+        "Memory of one trunk as a part of the monoliths'. Bounds are arithmetic: if nothing but",
+        f"weights took memory beyond one context ({found['context_bytes'] / _MIB:.0f} MiB),",
+        "without and with it. The last columns are what is neither context nor weights, in MiB.",
+        "",
+        *table(
+            [
+                "tasks",
+                "beyond one context",
+                "bound: weights alone",
+                "in all",
+                "bound",
+                "monoliths",
+                "one trunk",
+            ],
+            memories,
+        ),
     ]
 
 
@@ -204,18 +236,22 @@ SECTIONS = {
 }
 
 
-def target_table(targets: Sequence[Found]) -> list[str]:
-    words = {True: "met", False: "**missed**", None: "not judged"}
+def target_table(runs: Mapping[str, Found]) -> list[str]:
+    """The targets of one experiment, with a column for each of its runs."""
+    words = {True: "met", False: "**MISSED**", None: "not judged"}
+    wanted: dict[str, str] = {}
+    cells: dict[str, dict[str, str]] = {}
+    for run, found in runs.items():
+        for each in found["targets"]:
+            name = each["target"]
+            wanted[name] = f"≥ {each['least']:g}" if "least" in each else f"≤ {each['most']:g}"
+            number = "" if each["found"] is None else f"{each['found']:.3g} "
+            cells.setdefault(name, {})[run] = f"{number}{words[each['met']]}"
     return table(
-        ["target", "wanted", "found", ""],
+        ["target", "wanted", *runs],
         [
-            [
-                each["target"],
-                f"≥ {each['least']:g}" if "least" in each else f"≤ {each['most']:g}",
-                "" if each["found"] is None else f"{each['found']:.3g}",
-                words[each["met"]],
-            ]
-            for each in targets
+            [name, wanted[name], *(mine.get(run, "") for run in runs)]
+            for name, mine in cells.items()
         ],
     )
 
@@ -238,23 +274,39 @@ def conditions(found: Found, source: Path) -> list[str]:
     return [ran, f"`{where['command']}`; numbers: {numbers}.", "", *out, ""]
 
 
+def runs_in(folder: Path) -> dict[str, dict[str, Path]]:
+    """The JSON of each experiment, by what its run is called: its settings, or "default"."""
+    found: dict[str, dict[str, Path]] = {name: {} for name in SECTIONS}
+    for source in sorted(folder.glob("*.json"), key=lambda path: (len(path.stem), path.stem)):
+        name = json.loads(source.read_text()).get("experiment")
+        if name not in found:
+            raise SystemExit(f"{source} was not written by an experiment; keep it elsewhere")
+        found[name][source.stem.removeprefix(name).strip("-") or "default"] = source
+    return {name: runs for name, runs in found.items() if runs}
+
+
 def page(folder: Path, title: str, notes: str) -> str:
-    lines = [f"# {title}", "", notes.strip(), ""]
-    sources = sorted(
-        folder.glob("*.json"),
-        key=lambda path: (list(SECTIONS).index(json.loads(path.read_text())["experiment"]), path),
-    )
-    for source in sources:
-        found = json.loads(source.read_text())
-        heading, body = SECTIONS[found["experiment"]]
-        suffix = source.stem.removeprefix(found["experiment"]).strip("-")
-        lines += [f"## {heading}{f' ({suffix})' if suffix else ''}", ""]
-        lines += conditions(found, source)
-        lines += body(found)
-        lines += target_table(found["targets"])
-        figure = source.with_suffix(".png")
-        if figure.exists():
-            lines += [f"![{heading}]({folder.name}/{figure.name})", ""]
+    lines = [f"# {title}", "", *([notes.strip(), ""] if notes else []), "## Targets", ""]
+    experiments = {
+        name: {run: (source, json.loads(source.read_text())) for run, source in runs.items()}
+        for name, runs in runs_in(folder).items()
+    }
+    for name, runs in experiments.items():
+        lines += [f"{SECTIONS[name][0]}:", ""]
+        lines += target_table({run: found for run, (_, found) in runs.items()})
+    reasons = folder / "notes.md"
+    if reasons.exists():
+        lines += ["## What was missed, and why", "", reasons.read_text().strip(), ""]
+    for name, runs in experiments.items():
+        heading, body = SECTIONS[name]
+        lines += [f"## {heading}", ""]
+        for run, (source, found) in runs.items():
+            lines += [f"### {run}", ""] if len(runs) > 1 or run != "default" else []
+            lines += conditions(found, source)
+            lines += body(found)
+            figure = source.with_suffix(".png")
+            if figure.exists():
+                lines += [f"![{heading}, {run}]({folder.name}/{figure.name})", ""]
     lines += ["Made by `experiments/page.py`; the method is in experiments/README.md.", ""]
     return "\n".join(lines)
 

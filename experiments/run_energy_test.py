@@ -3,10 +3,16 @@
     python experiments/run_energy_test.py --model resnet50 --blocks 4 --device cuda:0 --out DIR
 
 NVML's total energy counter is read before and after a fixed number of inferences, chosen so that
-they take some seconds. The power of the idle GPU is measured the same way, before any process uses
-it and again when all variants are loaded and wait; the latter, times the duration, is subtracted
-for the net figure. One synchronous client, and enough of them to saturate (--clients), each for
-every batch. Tensors come from the host and go back there. Writes energy.json and energy.png.
+they take some seconds. It is behind by a fraction of a second, so before each measurement comes a
+pause, and then a stretch of the very load that is measured: what the counter has not seen at the
+end is as much as it still had to count at the beginning. The power of the idle GPU is measured the
+same way, before any process uses it and again when all variants are loaded and wait; the latter,
+times the duration, is subtracted for the net figure.
+
+One synchronous client, and enough of them to saturate (--clients), each for every number of rows.
+Blocks compute one request at a time, as the baselines do, which is measured for requests of one
+row; or, where it says batching, as many together as wait. Tensors come from the host and go back
+there. Writes energy.json and energy.png.
 """
 
 from __future__ import annotations
@@ -20,17 +26,33 @@ from typing import Any
 
 import figures
 import networks
-from client import Requests, Variant, closed_loop
-from lab import Lab, arguments, at_least, at_most, interleaved
-from variants import FOUR, FUSED, HANDLE, MONOLITH, ONE, PICKLED, RAW, Variants, best, kinds
+from client import Requests, Variant, closed_loop, how_many
+from lab import Lab, arguments, at_least, at_most, shuffled
+from variants import (
+    BATCHING,
+    FOUR,
+    FUSED,
+    HANDLE,
+    MONOLITH,
+    ONE,
+    PICKLED,
+    RAW,
+    Variants,
+    batching,
+    best,
+    kinds,
+)
 
 _FEWEST = 8
+_PAUSE = 0.5
+_LEAD_IN = 0.3
 
 
 def idle(lab: Lab, seconds: float) -> float | None:
     """Watts that the GPU takes when nobody asks it to compute."""
     if not lab.gpu:
         return None
+    time.sleep(_PAUSE)
     joules, start = lab.gpu_now().energy_joules, time.monotonic()
     time.sleep(seconds)
     after, end = lab.gpu_now().energy_joules, time.monotonic()
@@ -50,8 +72,16 @@ def one_run(
 ) -> dict[str, Any]:
     """Energy and time of a fixed number of requests that take about `seconds`."""
     rows = len(next(iter(requests.host[0].values())))
+    if lab.gpu:
+        time.sleep(
+            _PAUSE
+        )  # what the counter has yet to count of the variant before is none of ours
     trial = closed_loop(variant, requests, "host", _FEWEST * clients, clients)
-    count = max(_FEWEST, math.ceil(seconds / trial.seconds * len(trial.ms)))
+    each = trial.seconds / len(trial.ms)
+    if lab.gpu and trial.seconds < _LEAD_IN:
+        more = math.ceil((_LEAD_IN - trial.seconds) / each)
+        closed_loop(variant, requests, "host", max(more, clients), clients)
+    count = how_many(seconds, each)
     before = lab.gpu_now().energy_joules if lab.gpu else None
     start = time.monotonic()
     run = closed_loop(variant, requests, "host", count, clients)
@@ -74,7 +104,7 @@ def one_run(
 
 
 def merged(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of several runs of one variant, weighted by nothing: they have equal counts."""
+    """The mean of several runs of one variant, weighted by nothing: they take about as long."""
 
     def mean(key: str) -> float | None:
         values = [run[key] for run in runs if run[key] is not None]
@@ -100,26 +130,23 @@ def targets(lab: Lab, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     def ratio(a: float | None, b: float | None) -> float | None:
         return None if a is None or b is None else a / b
 
-    four, one, whole = (best(name, lab.gpu) for name in (FOUR, FUSED, MONOLITH))
+    whole = best(MONOLITH, lab.gpu)
     made = []
-    for name in (four, one):
-        made += [
+    for base in (FOUR, FUSED):
+        alone = best(base, lab.gpu)
+        made.append(
             at_least(
-                f"one client: pickled / {name}",
+                f"one client: pickled / {alone}",
                 2.43,
-                ratio(of(PICKLED, "one client"), of(name, "one client")),
-            ),
-            at_least(
-                f"saturated: pickled / {name}",
-                4,
-                ratio(of(PICKLED, "saturated"), of(name, "saturated")),
-            ),
-            at_most(
-                f"saturated: {name} / monolith",
-                1,
-                ratio(of(name, "saturated"), of(whole, "saturated")),
-            ),
-        ]
+                ratio(of(PICKLED, "one client"), of(alone, "one client")),
+            )
+        )
+        for name in (alone, alone + BATCHING):
+            mine = of(name, "saturated")
+            made += [
+                at_least(f"saturated: pickled / {name}", 4, ratio(of(PICKLED, "saturated"), mine)),
+                at_most(f"saturated: {name} / monolith", 1, ratio(mine, of(whole, "saturated"))),
+            ]
     return made
 
 
@@ -143,7 +170,7 @@ def report(lab: Lab, results: Mapping[str, Any]) -> None:
     columns = [
         "variant",
         "load",
-        "batch",
+        "rows",
         "mJ",
         "mJ net of idle",
         "inferences/s",
@@ -177,27 +204,42 @@ def measure(
     if not lab.gpu:
         lab.leave_out("energy, gross and net, and idle power", "there is no GPU with a counter")
     nobody = idle(lab, seconds)
-    default = [best(name, lab.gpu) for name in (FOUR, FUSED, MONOLITH)]
-    chosen = {PICKLED, RAW, HANDLE, FOUR, ONE, MONOLITH, *default}
-    if options.quick:
-        chosen = {PICKLED, *default}
-    with Variants(lab, kinds(lab, chosen, max(sizes))) as variants:
+    loads = {"one client": 1, "saturated": options.clients}
+    blocks = {best(name, lab.gpu) for name in (FOUR, FUSED)}
+    batched = blocks if options.quick else {*blocks, FOUR, ONE}
+    whole = {best(MONOLITH, lab.gpu)}
+    others = {PICKLED} if options.quick else {PICKLED, RAW, HANDLE, MONOLITH}
+    chosen = [
+        *kinds(lab, (others | blocks) - whole),
+        *kinds(lab, whole, max(sizes)),
+        *batching(kinds(lab, batched), max(options.clients, *sizes)),
+    ]
+    with Variants(lab, chosen) as variants:
         found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
         loaded = idle(lab, seconds)
         for rows in sizes:
             inputs = [networks.arrays(variants.source.inputs, rows, seed) for seed in range(4)]
             requests = Requests(inputs, variants.whole, lab.device)
-            for name, variant in variants.all.items():  # warm, at this size
-                closed_loop(variant, requests, "host", 2 * _FEWEST, 2)
-                lab.say(f"{name}: warm at batch {rows}")
-            for name in interleaved(list(variants.all), rounds):
-                for load, clients in (("one client", 1), ("saturated", options.clients)):
+            # One row is all that blocks take which do not batch: for more, see those that do.
+            names = [
+                name
+                for name in variants.all
+                if name not in variants.pipelines or variants.kinds[name].rows >= rows
+            ]
+            for name in names:  # warm, at this size
+                closed_loop(variants.all[name], requests, "host", 2 * _FEWEST, 2)
+                lab.say(f"{name}: warm with {rows} rows")
+            for name in shuffled(names, rounds, seed=rows):
+                for load, clients in loads.items():
                     run = one_run(lab, variants.all[name], requests, clients, seconds, loaded)
                     found.setdefault((name, load, rows), []).append(run)
         again = idle(lab, seconds)
     rows_found = [
-        {"variant": name, "load": load, "batch": batch, **merged(runs)}
-        for (name, load, batch), runs in found.items()
+        {"variant": name, "load": load, "batch": rows, **merged(found[name, load, rows])}
+        for rows in sizes
+        for name in variants.all
+        for load in loads
+        if (name, load, rows) in found
     ]
     results = {
         "model": options.model,

@@ -11,21 +11,22 @@ Writes latency.json and latency.png.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import figures
 import networks
 from client import Requests, Sample, one_by_one
-from lab import Lab, arguments, at_least, at_most, interleaved, statistics
+from lab import Lab, arguments, at_least, at_most, shuffled, statistics
 from variants import FOUR, FUSED, ONE, PICKLED, RAW, Variants, best, kinds
 
 ROWS = 1
 
 
-def measure(lab: Lab, variants: Variants, requests: Requests) -> dict[str, Any]:
+def measure(
+    lab: Lab, variants: Variants, requests: Requests, sides: Sequence[str]
+) -> dict[str, Any]:
     options = lab.options
-    sides = ("host", "device") if lab.gpu else ("host",)
     samples: dict[tuple[str, str], list[Sample]] = {
         (name, side): [] for name in variants.all for side in sides
     }
@@ -35,14 +36,14 @@ def measure(lab: Lab, variants: Variants, requests: Requests) -> dict[str, Any]:
         for side in sides:
             warm = list(one_by_one(variant, requests, side, options.requests))
             lab.say(f"{name}, {side}: warm, {warm[-1].ms:.2f} ms")
-    for name in interleaved([*variants.all, None], options.rounds):
+    for name in shuffled([*variants.all, None], options.rounds):
         if name is None:
             for how, chain in chains.items():
                 alone[how] += [chain.times(requests.tensors(n)) for n in range(options.requests)]
             continue
         for side in sides:
             samples[name, side] += one_by_one(variants.all[name], requests, side, options.requests)
-    return {"samples": samples, "alone": alone, "sides": sides}
+    return {"samples": samples, "alone": alone}
 
 
 def summarised(lab: Lab, variants: Variants, found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -161,10 +162,11 @@ def main() -> None:
         if not lab.gpu:
             lab.leave_out("CUDA graphs", "there is no GPU")
             lab.leave_out("tensors on the device in and out", "there is no GPU")
-        with Variants(lab, kinds(lab)) as variants:
+        sides = ("host", "device") if lab.gpu else ("host",)
+        with Variants(lab, kinds(lab), sides) as variants:
             inputs = [networks.arrays(variants.source.inputs, ROWS, seed) for seed in range(4)]
             requests = Requests(inputs, variants.whole, lab.device)
-            found = measure(lab, variants, requests)
+            found = measure(lab, variants, requests, sides)
         rows = summarised(lab, variants, found)
         results = {
             "model": options.model,

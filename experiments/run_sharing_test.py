@@ -6,8 +6,11 @@ Every task has a head of its own; 75 % of its bytes are a trunk that all share. 
 whole networks with the same weights, each one block. Both in one BlockFlow worker with the same
 batching and, on a GPU, CUDA graphs; requests of one row for random tasks, host tensors in and out,
 from one process through TensorMQ. Found are the latency of one request at a time, the throughput of
-16 synchronous clients, and, by bisection, the highest rate of Poisson arrivals over all tasks with
-a p99 within --p99 ms. Answers of both are compared. Writes sharing-tasks.json and .png.
+twice --max-batch synchronous clients, and the highest rate of Poisson arrivals over all tasks with
+a p99 within --p99 ms: both sides take turns, step by step, and every step is in the JSON. Answers
+of both are compared. Memory is what a side took when it had answered for every task, and whatever
+it took more under load; the client's own CUDA context is made before, and its ends are on the host.
+Writes sharing-tasks.json and .png.
 """
 
 from __future__ import annotations
@@ -15,21 +18,61 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import context
 import families
 import figures
 import networks
 import numpy as np
-from client import Answer, Inputs, closed_loop, one_by_one, poisson
+from client import (
+    ANSWERED,
+    Answer,
+    Inputs,
+    Step,
+    best_step,
+    closed_loop,
+    next_rate,
+    one_by_one,
+    poisson,
+)
 from deployed import Entry, House
 from families import Task
 from lab import MIB, Lab, Memory, arguments, at_least, at_most
 
-_CLIENTS = 16
-_MAX_BATCH = 8
-_STEPS = 5
+_ALONE = 64
 _PATIENCE = 5.0
+_FOR_P99 = 1000
+_LONGER = 5
+"""A step with too few requests for a p99 may take so many times --seconds."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How a family is asked. `batch`: the most rows that a block computes together; `limit`: of the
+    p99, in ms, None for five times what one request takes by itself; `rates`: the most that are
+    tried.
+
+    As many synchronous clients as keep one batch waiting while another is computed, and room for
+    as many again, so that the client is nobody's limit.
+    """
+
+    batch: int
+    seconds: float
+    limit: float | None
+    rates: int
+
+    @property
+    def clients(self) -> int:
+        return 2 * self.batch
+
+    @property
+    def under_way(self) -> int:
+        return 4 * self.batch
+
+    def step_seconds(self, rate: float) -> float:
+        return max(self.seconds, min(_FOR_P99 / rate, _LONGER * self.seconds))
 
 
 class Mixed:
@@ -89,16 +132,35 @@ def wholes(lab: Lab, tasks: Sequence[Task], settings: Mapping[str, Any]) -> dict
     }
 
 
+@dataclass
+class Side:
+    """One way to serve the tasks, running: `taken` are the bytes of its server so far."""
+
+    house: House
+    mixed: Mixed
+    taken: int
+    saturated: float = 0.0
+    steps: list[Step] = field(default_factory=list)
+
+
 def deploy(
-    lab: Lab, topology: Mapping[str, Any], tasks: Sequence[Task], asked: Asked
-) -> tuple[House, Mixed, int]:
-    """A server with these tasks, its client, and the bytes that it takes with every task warm."""
+    lab: Lab, topology: Mapping[str, Any], tasks: Sequence[Task], asked: Asked, load: Load
+) -> Side:
+    """A server with these tasks and its client, with every task warm."""
     memory = Memory(lab)
     folder = lab.new_folder()
-    house = House(topology, folder / "house")
+    # The gateway has nothing to do here; each request under way from it takes pinned memory.
+    house = House(topology, folder / "house", depth=1)
     house.wait_ready()
-    assert not house.joining, "one worker needs no MPS"
-    entry = Entry(house, folder, [task.name for task in tasks], lab.device)
+    entry = Entry(
+        house,
+        folder,
+        [task.name for task in tasks],
+        lab.device,
+        sides=("host",),
+        slots=load.under_way,
+        rows=1,
+    )
     entry.use("host")
     answers = []
     for index in range(len(tasks)):
@@ -109,72 +171,89 @@ def deploy(
     mixed = Mixed(entry, len(tasks))
     if not asked.answers:
         asked.expect(mixed, answers)
-    return house, mixed, memory.taken(house.pid)
+    return Side(house, mixed, memory.taken(house.pid))
 
 
-def highest_rate(
-    mixed: Mixed, asked: Asked, saturated: float, limit: float, seconds: float
-) -> dict[str, float]:
-    """The highest rate whose p99 stays within `limit` ms, by bisection up to what saturates."""
-    low, high, best = 0.0, 1.3 * saturated, {"offered": 0.0, "per_second": 0.0, "p99_ms": 0.0}
-    for _ in range(_STEPS):
-        rate = (low + high) / 2
-        run = poisson(
-            lambda number: mixed.send(number, asked.inputs(number, "host")),
-            mixed.poll,
-            rate,
-            seconds,
-            asked.difference,
-        )
-        p99 = float(np.percentile(run.ms, 99))
-        answered = len(run.ms) / run.seconds
-        if p99 <= limit and answered >= 0.9 * rate:
-            low, best = rate, {"offered": rate, "per_second": answered, "p99_ms": p99}
-        else:
-            high = rate
-    return best
+def saturate(lab: Lab, side: Side, asked: Asked, load: Load) -> dict[str, Any]:
+    """One request at a time, then as many synchronous clients as fill batches."""
+    memory = Memory(lab)
+    samples = list(one_by_one(side.mixed, asked, "host", _ALONE))
+    trial = closed_loop(side.mixed, asked, "host", 8 * load.clients, load.clients)
+    count = max(4 * load.clients, round(load.seconds / trial.seconds * len(trial.ms)))
+    run = closed_loop(side.mixed, asked, "host", count, load.clients)
+    side.taken = memory.grown(side.house.pid, side.taken)
+    side.saturated = len(run.ms) / run.seconds
+    return {
+        "alone_p50_ms": statistics.median(sample.ms for sample in samples),
+        "saturated_per_second": side.saturated,
+        "saturated_p99_ms": float(np.percentile(run.ms, 99)),
+        "max_difference": max(run.difference, *(s.difference for s in samples)),
+    }
 
 
-def measure(
-    lab: Lab, tasks: Sequence[Task], limit: float | None, seconds: float
-) -> dict[str, dict[str, Any]]:
+def one_step(lab: Lab, side: Side, asked: Asked, load: Load, *, rate: float, limit: float) -> Step:
+    """A stretch of Poisson arrivals; both sides get the same one at the same number of steps."""
+    memory = Memory(lab)
+    run = poisson(
+        lambda number: side.mixed.send(number, asked.inputs(number, "host")),
+        side.mixed.poll,
+        rate,
+        load.step_seconds(rate),
+        asked.difference,
+        seed=len(side.steps),
+        under_way=load.under_way,
+    )
+    side.taken = memory.grown(side.house.pid, side.taken)
+    p50, p99 = (float(each) for each in np.percentile(run.ms, [50, 99]))
+    met = p99 <= limit and run.kept_up >= ANSWERED
+    return Step(rate, rate * run.kept_up, p50, p99, len(run.ms), run.difference, met)
+
+
+def measure(lab: Lab, tasks: Sequence[Task], load: Load) -> dict[str, dict[str, Any]]:
     """Both ways to serve these tasks, side by side and in turns."""
-    settings = {"worker": "all", "max_batch": _MAX_BATCH, "precision": lab.precision}
+    settings = {"worker": "all", "max_batch": load.batch, "precision": lab.precision}
     topologies = {
         "monoliths": wholes(lab, tasks, settings),
         "one trunk": families.topology(lab.store, tasks, lab.device, settings, lab.devices()),
     }
     asked = Asked(networks.arrays(lab.source().inputs, 1, 0))
-    running: dict[str, tuple[House, Mixed, int]] = {}
+    empty = Memory(lab)
+    sides: dict[str, Side] = {}
     found: dict[str, dict[str, Any]] = {}
     try:
         for name, topology in topologies.items():
-            running[name] = deploy(lab, topology, tasks, asked)
-        for name, (_, mixed, taken) in running.items():
-            samples = list(one_by_one(mixed, asked, "host", 4 * _CLIENTS))
-            run = closed_loop(mixed, asked, "host", 8 * _CLIENTS, _CLIENTS)
-            count = max(4 * _CLIENTS, round(seconds / run.seconds * len(run.ms)))
-            run = closed_loop(mixed, asked, "host", count, _CLIENTS)
-            found[name] = {
-                "bytes": taken,
-                "alone_p50_ms": statistics.median(sample.ms for sample in samples),
-                "saturated_per_second": len(run.ms) / run.seconds,
-                "saturated_p99_ms": float(np.percentile(run.ms, 99)),
-                "max_difference": max(run.difference, *(s.difference for s in samples)),
+            sides[name] = deploy(lab, topology, tasks, asked, load)
+            lab.say(f"{len(tasks)} tasks, {name}: warm")
+        for name, side in sides.items():
+            found[name] = {"warm_bytes": side.taken, **saturate(lab, side, asked, load)}
+        limit = load.limit or _PATIENCE * found["monoliths"]["alone_p50_ms"]
+        searching = dict(sides)
+        while searching:
+            for name, side in list(searching.items()):
+                rate = next_rate(side.steps, side.saturated, load.rates)
+                if rate is None:
+                    del searching[name]
+                else:
+                    side.steps.append(one_step(lab, side, asked, load, rate=rate, limit=limit))
+        for name, side in sides.items():
+            best = best_step(side.steps)
+            worst = max(step.max_difference for step in side.steps)
+            found[name] |= {
+                "bytes": side.taken,
+                "p99_limit_ms": limit,
+                "steps": [asdict(step) for step in side.steps],
+                "within": asdict(best) if best else {"per_second": 0.0, "p99_ms": 0.0},
+                "max_difference": max(found[name]["max_difference"], worst),
             }
-        allowed = limit or _PATIENCE * found["monoliths"]["alone_p50_ms"]
-        for name, (_, mixed, _) in running.items():
-            rate = found[name]["saturated_per_second"]
-            found[name]["within"] = highest_rate(mixed, asked, rate, allowed, seconds)
-            found[name]["p99_limit_ms"] = allowed
     finally:
-        for house, mixed, _ in running.values():
-            mixed.close()
-            house.close()
+        for side in sides.values():
+            side.mixed.close()
+            side.house.close()
+    empty.settle()
     return found
 
 
-def targets(rows: Sequence[Mapping[str, Any]], context: int) -> list[dict[str, Any]]:
+def targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     last = rows[-1]
     shared, apart = last["found"]["one trunk"], last["found"]["monoliths"]
     rate = apart["within"]["per_second"]
@@ -185,11 +264,7 @@ def targets(rows: Sequence[Mapping[str, Any]], context: int) -> list[dict[str, A
             3,
             shared["within"]["per_second"] / rate if rate else None,
         ),
-        at_most(
-            f"memory beyond one context: {many}",
-            0.35,
-            (shared["bytes"] - context) / (apart["bytes"] - context),
-        ),
+        at_most(f"memory beyond one context: {many}", 0.35, last["memory"]["beyond_context"]),
     ]
 
 
@@ -205,15 +280,50 @@ def report(lab: Lab, results: Mapping[str, Any]) -> None:
                     f"{each['saturated_per_second']:.1f}",
                     f"{each['saturated_p99_ms']:.1f}",
                     f"{within['per_second']:.1f}",
-                    f"{within['p99_ms']:.1f} of {each['p99_limit_ms']:.0f}",
+                    f"{within['p99_ms']:.1f} of {each['p99_limit_ms']:.3g}",
                     f"{each['bytes'] / MIB:.0f}",
                     f"{each['max_difference']:.1e}",
                 ]
             )
-    columns = ["alone, ms p50", f"{_CLIENTS} clients, /s", "p99 ms", "within p99, /s", "p99 ms"]
+    columns = [
+        "alone, ms p50",
+        f"{results['clients']} clients, /s",
+        "p99 ms",
+        "within p99, /s",
+        "p99 ms",
+    ]
     lab.table(
-        f"{results['model']}, {results['share']:.1%} of the bytes shared",
+        f"{results['model']}, {results['share']:.1%} of the bytes shared, batches up to "
+        f"{results['max_batch']}",
         ["", *columns, f"{results['memory']}, MiB", "max diff"],
+        table,
+    )
+    table = []
+    for row in results["rows"]:
+        memory = row["memory"]
+        ratio = memory["beyond_context"]
+        table.append(
+            [
+                f"{row['tasks']} tasks",
+                "" if ratio is None else f"{ratio:.3f}",
+                f"{memory['bound_weights']:.3f}",
+                f"{memory['in_all']:.3f}",
+                f"{memory['bound_in_all']:.3f}",
+                *(f"{each / MIB:.0f}" for each in memory["beyond_weights_bytes"].values()),
+            ]
+        )
+    lab.table(
+        f"memory, one trunk / monoliths; one context takes {results['context_bytes'] / MIB:.0f} "
+        "MiB, and bounds are arithmetic",
+        [
+            "",
+            "beyond one context",
+            "bound: weights alone",
+            "in all",
+            "bound",
+            "monoliths beyond weights, MiB",
+            "one trunk, MiB",
+        ],
         table,
     )
     lab.target_table(results["targets"])
@@ -224,30 +334,43 @@ def main() -> None:
     parser.add_argument("--tasks", help="how many, such as 1,2,4,8,12,20")
     parser.add_argument("--share", type=float, default=0.75, help="of a network's bytes")
     parser.add_argument("--p99", type=float, help="ms; default 20, on a CPU 5 times one request's")
+    parser.add_argument("--max-batch", type=int, help="of every block; default 32, on a CPU 8")
     parser.add_argument("--seconds", type=float, help="of one measurement")
     options = parser.parse_args()
+    if options.mps == "on":
+        parser.error("each side is one worker, which needs no MPS; leave --mps out")
     wanted = options.tasks or ("1,8" if options.quick else "1,2,4,8,12,20")
     counts = [int(each) for each in wanted.split(",")]
-    seconds = options.seconds or (1.0 if options.quick else 4.0)
     with Lab("sharing-tasks", options) as lab:
-        limit = options.p99 or (20.0 if lab.gpu else None)
+        load = Load(
+            options.max_batch or (32 if lab.gpu else 8),
+            options.seconds or (1.0 if options.quick else 3.0),
+            options.p99 or (20.0 if lab.gpu else None),
+            8 if options.quick else 12,
+        )
         lab.say(f"building {max(counts)} tasks")
         source = lab.source()
         family = families.build(source, lab.store, max(counts), options.share, 0, wholes=True)
+        bare = context.measured(lab)
+        # This process's own context, if anything of it should come to need one, is not a side's.
+        context.warm(lab.device, lab.precision)
         rows = []
         for count in counts:
-            lab.say(f"{count} tasks")
-            found = measure(lab, family.tasks[:count], limit, seconds)
-            rows.append({"tasks": count, "found": found})
-        # What one worker takes without weights: one task's, less its weights.
-        context = rows[0]["found"]["monoliths"]["bytes"] - counts[0] * family.task_bytes
+            tasks = family.tasks[:count]
+            found = measure(lab, tasks, load)
+            memory = families.memory(
+                {name: each["bytes"] for name, each in found.items()}, bare, family, tasks
+            )
+            rows.append({"tasks": count, "found": found, "memory": memory})
         results = {
             "model": options.model,
             "share": family.share,
+            "max_batch": load.batch,
+            "clients": load.clients,
             "memory": "device memory by NVML" if lab.gpu else "host memory (PSS)",
-            "context_bytes": context,
+            "context_bytes": bare,
             "rows": rows,
-            "targets": lab.judged(targets(rows, context)),
+            "targets": lab.judged(targets(rows)),
         }
         report(lab, results)
         figures.sharing(lab.figure, results)

@@ -17,24 +17,36 @@ Writes throughput.json and throughput.png.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import figures
 import networks
 import numpy as np
-from client import Requests, Run, closed_loop, poisson
-from lab import Lab, arguments, at_least, interleaved
-from variants import FOUR, FUSED, HANDLE, MONOLITH, ONE, PICKLED, RAW, Variants, best, kinds
+from client import ANSWERED, Requests, Run, closed_loop, poisson
+from lab import Lab, arguments, at_least, shuffled
+from variants import (
+    BATCHING,
+    FOUR,
+    FUSED,
+    HANDLE,
+    MONOLITH,
+    ONE,
+    PICKLED,
+    RAW,
+    Variants,
+    batching,
+    best,
+    kinds,
+)
 
 from blockflow.client import InferenceClient
 
 _SATURATING = 16
-BATCHING = ", batching"
-_ANSWERED = 0.95
+_WARM = 4
 _PATIENCE = 5.0
 
 
@@ -61,24 +73,28 @@ def for_seconds(
 
 
 def over_http(url: str, pipeline: str, requests: Requests, clients: int, seconds: float) -> Run:
-    """Synchronous clients of the gateway, each in a thread of this process."""
-    times: list[list[float]] = [[] for _ in range(clients)]
-    end = time.monotonic() + seconds
+    """Synchronous clients of the gateway, each in a thread of this process, with connections and
+    everything behind them warm."""
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(clients))
+        open_clients = [stack.enter_context(InferenceClient(url)) for _ in range(clients)]
 
-    def ask(mine: list[float]) -> None:
-        with InferenceClient(url) as client:
-            while not mine or time.monotonic() < end:
+        def ask(client: InferenceClient, end: float, fewest: int) -> list[float]:
+            mine: list[float] = []
+            while len(mine) < fewest or time.monotonic() < end:
                 start = time.monotonic()
                 client.infer(pipeline, requests.host[len(mine) % len(requests.host)])
                 mine.append((time.monotonic() - start) * 1e3)
+            return mine
 
-    threads = [threading.Thread(target=ask, args=(mine,)) for mine in times]
-    begin = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return Run(time.monotonic() - begin, [ms for mine in times for ms in mine], 0.0)
+        def all_ask(end: float, fewest: int) -> list[float]:
+            asking = [pool.submit(ask, client, end, fewest) for client in open_clients]
+            return [ms for each in asking for ms in each.result()]
+
+        all_ask(0, _WARM)
+        begin = time.monotonic()
+        times = all_ask(begin + seconds, 1)
+        return Run(time.monotonic() - begin, times, 0.0)
 
 
 def knee(arrivals: Sequence[Mapping[str, Any]]) -> float | None:
@@ -87,7 +103,7 @@ def knee(arrivals: Sequence[Mapping[str, Any]]) -> float | None:
     held = [
         each["offered"]
         for each in arrivals
-        if each["per_second"] >= _ANSWERED * each["offered"] and each["p99_ms"] <= _PATIENCE * usual
+        if each["kept_up"] >= ANSWERED and each["p99_ms"] <= _PATIENCE * usual
     ]
     return max(held, default=None)
 
@@ -104,7 +120,7 @@ def loads(
     }
     names = list(variants.all)
     for count in clients:
-        for name in interleaved(names, 1):
+        for name in shuffled(names, 1, count):
             run = for_seconds(variants, name, requests, count, seconds)
             found[name]["clients"][count] = summary(run, rows)
             if name in variants.pipelines:
@@ -113,11 +129,11 @@ def loads(
                 )
                 found[name]["gateway"][count] = summary(served, rows)
         lab.say(f"{count} clients: done")
-    for name in names:
+    for name in shuffled(names, 1, _SATURATING):
         run = for_seconds(variants, name, requests, _SATURATING, seconds)
         found[name]["saturated"] = summary(run, rows)
-    for rate in rates:
-        for name in names:
+    for turn, rate in enumerate(rates):
+        for name in shuffled(names, 1, turn):
             variant = variants.all[name]
             offered = rate * found[name]["saturated"]["per_second"]
             run = poisson(
@@ -129,7 +145,9 @@ def loads(
                 seconds,
                 requests.difference,
             )
-            found[name]["arrivals"].append({"offered": offered, **summary(run, rows)})
+            found[name]["arrivals"].append(
+                {"offered": offered, "kept_up": run.kept_up, **summary(run, rows)}
+            )
         lab.say(f"arrivals at {rate:g} of what saturates: done")
     for each in found.values():
         each["knee"] = knee(each["arrivals"])
@@ -148,7 +166,7 @@ def batches(
     for rows in sizes:
         inputs = [networks.arrays(variants.source.inputs, rows, seed) for seed in range(2)]
         requests = Requests(inputs, variants.whole, lab.device)
-        for name in names:
+        for name in shuffled(names, 1, rows):
             run = for_seconds(variants, name, requests, 4, seconds)
             found[name][rows] = summary(run, rows)
         lab.say(f"batches of {rows}: done")
@@ -229,9 +247,7 @@ def main() -> None:
         whole = {best(MONOLITH, lab.gpu)}
         others = {PICKLED} if quick else {PICKLED, RAW, HANDLE, FOUR, ONE, MONOLITH}
         most = max(_SATURATING, *sizes)
-        batched = [
-            replace(kind, name=f"{kind.name}{BATCHING}") for kind in kinds(lab, blocks, most)
-        ]
+        batched = batching(kinds(lab, blocks), most)
         chosen = [*kinds(lab, (others | blocks) - whole), *kinds(lab, whole, most), *batched]
         with Variants(lab, chosen) as variants:
             found = loads(lab, variants, clients=clients, rates=rates, seconds=seconds)

@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import context
 import families
 import figures
 import networks
@@ -38,6 +39,7 @@ from lab import MIB, Lab, Memory, arguments, at_least, at_most
 from blockflow.artifact import Store
 from blockflow.child import die_with_parent
 from blockflow.client import InferenceClient
+from blockflow.topology import Precision
 
 ROWS = 1
 
@@ -47,23 +49,16 @@ def _monoliths(
     tasks: Sequence[Task],
     device: str,
     how: str,
+    precision: Precision,
     inputs: Mapping[str, Any],
     parent: int,
     control: Connection,
 ) -> None:
-    """A process with these tasks, each loaded by itself and asked once; ends when told.
-
-    Without tasks it is what every such process has: a context and the libraries, warm.
-    """
+    """A process with these tasks, each loaded by itself and asked once; ends when told."""
     die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if device.startswith("cuda"):
-        image = torch.ones(1, 8, 32, 32, device=device)
-        torch.nn.functional.conv2d(image, torch.ones(8, 8, 3, 3, device=device))
-        torch.mm(image[0, 0], image[0, 0])
-        networks.synchronised(device)
-    networks.begin(device, "fp32")
-    loaded = [families.monolith(Store(store), task, ROWS, device, how, "fp32") for task in tasks]
+    context.warm(device, precision)
+    loaded = [families.monolith(Store(store), task, ROWS, device, how, precision) for task in tasks]
     answers = []
     for chain in loaded:
         here = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
@@ -88,6 +83,7 @@ def monoliths(
                 group,
                 lab.device,
                 lab.options.runner,
+                lab.precision,
                 inputs,
                 os.getpid(),
                 theirs,
@@ -117,7 +113,12 @@ def deployed(
     """Bytes that a server with these tasks takes, and every task's answer, through the gateway."""
     memory = Memory(lab)
     # The least that a server needs: one row at a time, few requests under way.
-    settings = {"max_batch": ROWS, "cuda_graph": lab.options.runner == "graph", **settings}
+    settings = {
+        "max_batch": ROWS,
+        "precision": lab.precision,
+        "cuda_graph": lab.options.runner == "graph",
+        **settings,
+    }
     wanted = families.topology(lab.store, tasks, lab.device, settings, lab.devices())
     house = House(wanted, lab.new_folder() / "house")
     try:
@@ -140,7 +141,7 @@ def distribution(
 ) -> dict[str, Any]:
     """All that is measured of one distribution of shared trunks."""
     tasks = family.distribution(fraction)
-    context = apart["context_bytes"]
+    bare = apart["context_bytes"]
     lab.say(f"{fraction:.0%} share: all monoliths in one process")
     memory = Memory(lab)
     with monoliths(lab, [tasks], inputs) as (pids, expected):
@@ -157,7 +158,7 @@ def distribution(
         found[name] = {
             "bytes": taken,
             "saved": 1 - taken / one_process,
-            "saved_beyond_context": 1 - (taken - context) / (one_process - context),
+            "saved_beyond_context": 1 - (taken - bare) / (one_process - bare),
             "saved_against_processes": 1 - taken / apart["bytes"],
             "max_difference": difference(answers, expected),
         }
@@ -178,17 +179,15 @@ def distribution(
 
 def processes(lab: Lab, family: Family, inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
     """One monolith process for each task, `count` of them measured."""
-    memory = Memory(lab)
-    with monoliths(lab, [[]], inputs) as (pids, _):
-        context = memory.taken(pids[0])
-    memory.settle()
+    bare = context.measured(lab)
     lab.say(f"{count} monolith processes")
+    memory = Memory(lab)
     with monoliths(lab, [[task] for task in family.tasks[:count]], inputs) as (pids, _):
         taken = memory.taken(0) if lab.gpu else sum(memory.taken(pid) for pid in pids)
     memory.settle()
     every = len(family.tasks)
     return {
-        "context_bytes": context,
+        "context_bytes": bare,
         "measured": count,
         "measured_bytes": taken,
         "bytes": taken / count * every,

@@ -23,6 +23,7 @@ FOUR = "TensorMQ, a worker each"
 ONE = "TensorMQ, one worker"
 FUSED = "TensorMQ, one worker, fused"
 MONOLITH = "monolith"
+BATCHING = ", batching"
 _GRAPHS = ", CUDA graphs"
 
 
@@ -30,7 +31,8 @@ _GRAPHS = ", CUDA graphs"
 class Kind:
     """What a variant is: `transport` of a traditional pipeline, or `settings` of BlockFlow's
     blocks, or neither: the monolith. `how` the blocks run: "eager" or "graph". `rows` is the most
-    rows of a request, and of a batch where requests are batched."""
+    rows of a request. BlockFlow's blocks put requests together up to so many rows: with more than
+    one they batch, and their names must say so."""
 
     name: str
     how: str
@@ -63,6 +65,11 @@ def kinds(lab: Lab, names: Collection[str] | None = None, rows: int = 1) -> list
     ]
 
 
+def batching(chosen: Sequence[Kind], rows: int) -> list[Kind]:
+    """The same with blocks that compute as many requests together as wait, up to `rows` rows."""
+    return [replace(kind, name=kind.name + BATCHING, rows=rows) for kind in chosen]
+
+
 def best(name: str, gpu: bool) -> str:
     """The variant as it runs by default on this device: with CUDA graphs where there is a GPU."""
     return name + _GRAPHS if gpu else name
@@ -72,10 +79,12 @@ class Variants:
     """Variants of one network: `all` by name, `kinds` what each is, and `pipelines` what
     BlockFlow's are called at the gateway of `house`.
 
-    `whole` is the network as one module.
+    `whole` is the network as one module. sides: where a client's tensors will be.
     """
 
-    def __init__(self, lab: Lab, chosen: Sequence[Kind]) -> None:
+    def __init__(
+        self, lab: Lab, chosen: Sequence[Kind], sides: Collection[str] = ("host",)
+    ) -> None:
         self._lab = lab
         self.source = lab.source()
         self.digests = lab.blocks()
@@ -113,7 +122,7 @@ class Variants:
         for stage in stages.values():
             stage.wait_ready()
         entries = {
-            name: Entry(self.house, folder, [pipeline], lab.device)
+            name: Entry(self.house, folder, [pipeline], lab.device, sides=sides)
             for name, pipeline in self.pipelines.items()
         }
         started: dict[str, Variant] = {**stages, **monoliths, **entries}
