@@ -197,6 +197,15 @@ def test_what_nothing_tells_of_is_asked_for_until_it_says_that_all_is_known(spin
         assert not answers
 
 
+@pytest.mark.parametrize("spin", [0.0, 0.001])
+def test_who_does_not_wait_is_told_of_what_is_there(spin: float) -> None:
+    called: list[int] = []
+    with Loop(spin=spin) as loop:
+        assert not loop.run_until(lambda: bool(called), 0)
+        loop.call_soon(lambda: called.append(1))
+        assert loop.run_until(lambda: bool(called), 0)
+
+
 def test_a_loop_that_asks_is_woken_at_once() -> None:
     called = threading.Event()
     with Loop(spin=0) as loop:

@@ -140,13 +140,15 @@ class Loop:
             pass
 
     def run_until(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Handle events until `done()` holds; False when `timeout` seconds passed before."""
+        """Handle events until `done()` holds; False when `timeout` seconds passed before.
+
+        Looks at least once for what is there already, be `timeout` 0.
+        """
         end = None if timeout is None else time.monotonic() + timeout
         while not done():
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left < 0:
-                return False
-            self.run_once(left)
+            self.run_once(None if end is None else max(0.0, end - time.monotonic()))
+            if end is not None and time.monotonic() >= end:
+                return done()
         return True
 
     def _look(self) -> bool:
