@@ -208,10 +208,7 @@ class Entry:
 
     def poll(self, seconds: float) -> list[Answer]:
         pull = self._pulls[self._side]
-        if seconds > 0:
-            self._loop.run_until(lambda: bool(pull.waiting), seconds)
-        else:
-            self._loop.run_once(0)  # with no time left, run_until does not look at all
+        self._loop.run_until(lambda: bool(pull.waiting), max(0.0, seconds))
         answers: list[Answer] = []
         while (message := pull.poll()) is not None:
             with message:
