@@ -208,7 +208,7 @@ class Entry:
 
     def poll(self, seconds: float) -> list[Answer]:
         pull = self._pulls[self._side]
-        self._loop.run_until(lambda: bool(pull.waiting), max(0.0, seconds))
+        self._loop.run_until(lambda: bool(pull.waiting), seconds)
         answers: list[Answer] = []
         while (message := pull.poll()) is not None:
             with message:

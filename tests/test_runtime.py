@@ -11,18 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from blockflow.artifact import Digest, Manifest, Origin, Port
+from blockflow.artifact import Digest
 from blockflow.block import Block
 from blockflow.errors import StartFailed
-from blockflow.program import Program
 from blockflow.protocol import Route, RouteId, Step, decode_note
 from blockflow.reconcile import BlockSpec
 from blockflow.runtime import BlockThread, threads_for
 from blockflow.topology import BlockName, PipelineName
 from blockflow.wiring import Source
 from tensormq import Loop, Message, Pull, Push, Request, slot_size
+from test_runner import X, program
 
-X = Port("x", "float32", ("batch", 3))
 DIGEST = Digest("sha256-" + "0" * 64)
 
 
@@ -44,7 +43,11 @@ class House:
             together: dict[str, Block] = {}
             for index in group:
                 together[endpoints[index]] = self.blocks[index] = Block(
-                    specs[index], program(calls[index]), endpoints[index], together, slots=1
+                    specs[index],
+                    program(calls[index], output=X),
+                    endpoints[index],
+                    together,
+                    slots=1,
                 )
             self.threads.append(BlockThread(list(together.values()), self.fatal.append))
         self._loop = Loop()
@@ -108,21 +111,6 @@ def _read(message: Message) -> Iterator[tuple[int, Tensor | str]]:
         else:
             yield request.id, message.tensors["x"][start : start + request.rows].clone()
             start += request.rows
-
-
-def program(call: Callable[[Tensor], Tensor]) -> Program:
-    manifest = Manifest(
-        format="torch.export",
-        digest=DIGEST,
-        inputs=(X,),
-        outputs=(X,),
-        parameter_bytes=0,
-        flops=0,
-        mutates_inputs=False,
-        origin=Origin("net", 0, 1, "first", "last"),
-        files={},
-    )
-    return Program(manifest, torch.device("cpu"), lambda x: (call(x),))
 
 
 def plus(value: float) -> Callable[[Tensor], Tensor]:
@@ -246,8 +234,8 @@ def test_a_block_that_cannot_start_is_named(directory: Path) -> None:
     first = BlockSpec(BlockName("good"), DIGEST, "cpu", max_batch=1)
     second = BlockSpec(BlockName("bad"), DIGEST, "cpu", max_batch=1)
     blocks = [
-        Block(first, program(plus(1)), f"ipc://{directory}/0.sock", {}),
-        Block(second, program(broken), f"ipc://{directory}/1.sock", {}),
+        Block(first, program(plus(1), output=X), f"ipc://{directory}/0.sock", {}),
+        Block(second, program(broken, output=X), f"ipc://{directory}/1.sock", {}),
     ]
     thread = BlockThread(blocks, pytest.fail)
     with pytest.raises(StartFailed, match="block bad cannot start: no such kernel"):
@@ -258,7 +246,7 @@ def test_a_block_that_cannot_start_is_named(directory: Path) -> None:
 def test_blocks_on_the_cpu_have_threads_of_their_own_and_those_on_a_gpu_share_one() -> None:
     def blocks(device: str) -> list[Block]:
         specs = [BlockSpec(BlockName(f"b{i}"), DIGEST, device, max_batch=1) for i in range(3)]
-        return [Block(spec, program(plus(1)), "ipc:///nowhere", {}) for spec in specs]
+        return [Block(spec, program(plus(1), output=X), "ipc:///nowhere", {}) for spec in specs]
 
     assert [t.name for t in threads_for(blocks("cpu"), pytest.fail)] == ["b0", "b1", "b2"]
     assert [t.name for t in threads_for(blocks("cuda:0"), pytest.fail)] == ["b0, b1, b2"]

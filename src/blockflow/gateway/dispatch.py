@@ -528,7 +528,7 @@ class _Outgoing:
     @property
     def fits(self) -> bool:
         """Whether all slots are free, or it will be found that a channel is lost."""
-        return all(e.push.free_slots > 0 or e.peer.lost is not None for e in self.way.entries)
+        return all(entry.push.has_room(entry.peer) for entry in self.way.entries)
 
 
 class _TensorThread:
