@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import itertools
 import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ _preparing = threading.Lock()
 
 def buckets(largest: int) -> tuple[int, ...]:
     """The sizes of batches for which there are graphs: powers of two, and `largest` itself."""
-    powers = itertools.takewhile(lambda size: size < largest, (1 << n for n in itertools.count()))
+    powers = [1 << n for n in range(largest.bit_length()) if 1 << n < largest]
     return (*powers, largest)
 
 

@@ -48,13 +48,13 @@ class BlockThread:
         self._stopping = False
         self._started: Future[None] = Future()
         self.name = ", ".join(block.spec.name for block in blocks)
-        self._thread = threading.Thread(target=self._run, name=f"blocks {self.name}")
+        self._served_by = threading.Thread(target=self._run, name=f"blocks {self.name}")
 
     # Called from other threads
 
     def start(self) -> Future[None]:
         """Start; the future is done when all blocks are warm and their endpoints bound."""
-        self._thread.start()
+        self._served_by.start()
         return self._started
 
     def connect(self, routes: Sequence[Route]) -> Future[None]:
@@ -76,8 +76,8 @@ class BlockThread:
 
     def join(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for the thread's end; False when it goes on."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        self._served_by.join(timeout)
+        return not self._served_by.is_alive()
 
     def _for_each(self, job: Callable[[Block], None]) -> Future[None]:
         future: Future[None] = Future()

@@ -289,7 +289,7 @@ class DeviceSlab:
         self._emptied.clear()
         self._consumers.clear()
         self._side.close()
-        del self._memory
+        self._memory = torch.empty(0)  # nothing here sees it any more
         with torch.cuda.device(self._device):
             _checked(rt.cudaFree(self._pointer))
 
@@ -362,7 +362,7 @@ class DeviceMapping:
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
         self._side.close()
-        del self._memory
+        self._memory = torch.empty(0)  # nothing here sees it any more
         with torch.cuda.device(self._device):
             _checked(rt.cudaIpcCloseMemHandle(self._pointer))
 

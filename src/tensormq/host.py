@@ -8,7 +8,6 @@ allows to processes of the same user alone.
 from __future__ import annotations
 
 import fcntl
-import functools
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -97,8 +96,7 @@ class HostSlab:
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
         # Populated now: a page fault in the middle of a transfer costs more than the copy.
-        self._map = mmap.mmap(self._fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self.memory = memoryview(self._map)
+        self.memory = memoryview(mmap.mmap(self._fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE))
         self.memory[: wire.NONCE_BYTES] = nonce.to_bytes(wire.NONCE_BYTES, "little")
         self._offer = wire.HostSlab(self._fd, os.fstat(self._fd).st_ino, size)
 
@@ -110,7 +108,7 @@ class HostSlab:
 
     def close(self) -> None:
         # The mapping itself goes with its last view: unmapping under a live tensor would crash.
-        del self.memory, self._map
+        self.memory = memoryview(b"")
         os.close(self._fd)
 
 
@@ -127,10 +125,9 @@ class HostMapping:
             stat = os.fstat(fd)
             if stat.st_ino != offer.inode or stat.st_size != offer.size:
                 raise NegotiationError(f"{path} is not the memory that was offered")
-            self._map = mmap.mmap(fd, offer.size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self.memory = memoryview(mmap.mmap(fd, offer.size, mmap.MAP_SHARED | mmap.MAP_POPULATE))
         finally:
             os.close(fd)
-        self.memory = memoryview(self._map)
         if self.memory[: wire.NONCE_BYTES] != nonce.to_bytes(wire.NONCE_BYTES, "little"):
             raise NegotiationError(f"{path} does not hold this channel's nonce")
 
@@ -217,10 +214,13 @@ class InlineSlab:
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self._slots = slots
         self._slot_bytes = slot_bytes
+        self._staging: memoryview | None = None
 
-    @functools.cached_property
+    @property
     def memory(self) -> memoryview:
-        return memoryview(bytearray(self._slots * self._slot_bytes))
+        if self._staging is None:
+            self._staging = memoryview(bytearray(self._slots * self._slot_bytes))
+        return self._staging
 
     def offer(self) -> wire.NoSlab:
         return wire.NoSlab()
@@ -229,4 +229,4 @@ class InlineSlab:
         return slot * self._slot_bytes
 
     def close(self) -> None:
-        self.__dict__.pop("memory", None)
+        self._staging = None
