@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import tensormq
+
 
 def conditions(device: str) -> dict[str, Any]:
     """Where and with what a benchmark ran."""
@@ -25,6 +27,7 @@ def conditions(device: str) -> dict[str, Any]:
         "cpu": f"{_cpu()}, {len(_cores())} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "compiled": tensormq.COMPILED,
         "kernel": platform.release(),
     }
     if device.startswith("cuda"):

@@ -11,6 +11,7 @@ in the producer's memory (shared memory on a CPU, CUDA IPC on a GPU) until the c
 them.
 """
 
+from . import push
 from .errors import (
     EndpointError,
     NegotiationError,
@@ -30,7 +31,11 @@ from .push import Filling, Peer, Push
 from .statistics import ChannelStatistics, ConsumerStatistics, Histogram
 from .wire import Carrier, Doorbell, Request, slot_size
 
+COMPILED = not str(push.__file__).endswith(".py")
+"""Whether the modules that a message passes through were compiled (see setup.py)."""
+
 __all__ = [
+    "COMPILED",
     "Carrier",
     "ChannelStatistics",
     "ConsumerStatistics",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 
+import tensormq
 from blockflow import __version__
 from blockflow.errors import BlockFlowError, TopologyInvalid
 from blockflow.options import ServeOptions
@@ -80,7 +81,7 @@ def default(option: str) -> Any:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"blockflow {__version__}")
+        typer.echo(f"blockflow {__version__}" + (", compiled" if tensormq.COMPILED else ""))
         raise typer.Exit
 
 
