@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from tensormq import Carrier, Doorbell, Loop, Peer, PeerLost, Pull, Push, ring, wire
 from tensormq.errors import NegotiationError, RingBroken
+from tensormq.loop import Lookout
 from tensormq.process import this_process
 from tensormq.ring import HEADER_BYTES, Reader, Writer
 
@@ -494,3 +495,29 @@ def test_a_loop_that_spins_lets_other_threads_in() -> None:
 
 def _appender(calls: list[int], number: int) -> Callable[[], None]:
     return lambda: calls.append(number)
+
+
+@pytest.mark.parametrize(
+    ("quiet", "seconds"),
+    [
+        ([], 1.0),
+        ([0.5, 0.9], 1.0),
+        ([1.2], 2.4),  # a longer look would have spared this sleep
+        ([1.2, 2.0, 0.1], 2.4),
+        ([1.2, 3.0], 4.0),  # no more than is allowed
+        ([1.2, 5.0], 1.0),  # no allowed look would have spared this one
+    ],
+)
+def test_how_long_to_look_out_is_learned(quiet: list[float], seconds: float) -> None:
+    lookout = Lookout(1.0, 4.0)
+    for each in quiet:
+        lookout.learn(each)
+    assert lookout.seconds == seconds
+
+
+@given(st.lists(st.floats(0, 100)))
+def test_nobody_who_does_not_want_to_looks_out(quiet: list[float]) -> None:
+    lookout = Lookout(0.0, 0.0)
+    for each in quiet:
+        lookout.learn(each)
+    assert lookout.seconds == 0.0

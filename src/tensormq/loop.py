@@ -29,18 +29,43 @@ _GLANCES = 16
 
 _MANY_CORES = 8
 _SPIN = 1e-3
+_LONGEST_SPIN = 4e-3
 
 # The threads of a process share one interpreter lock: a second one that spins gains nothing.
 _spinning = threading.Lock()
 
 
-def default_spin() -> float:
-    """Seconds that a loop looks out before it sleeps, where nothing else is asked for.
+class Lookout:
+    """For how long to look out after something has happened: `seconds`, learned from how long it
+    was quiet.
 
-    None on a machine of few cores: there the spinning takes the core from the very process that
-    is waited for.
+    As a hypervisor learns how long to poll before it lets a virtual processor sleep (Linux, KVM's
+    halt polling): longer after a sleep that a longer look would have spared, up to `longest`
+    seconds, and as at first after one that it would not.
     """
-    return _SPIN if len(os.sched_getaffinity(0)) >= _MANY_CORES else 0.0
+
+    def __init__(self, first: float, longest: float) -> None:
+        self.seconds = first
+        self._first = first
+        self._longest = longest
+
+    def learn(self, quiet: float) -> None:
+        """Something happened after `quiet` seconds."""
+        if quiet > self._longest:
+            self.seconds = self._first
+        elif quiet > self.seconds:
+            self.seconds = min(2 * quiet, self._longest)
+
+
+def default_lookout() -> Lookout:
+    """What a loop does where nothing else is asked for.
+
+    It does not look out on a machine of few cores: there the spinning takes the core from the very
+    process that is waited for.
+    """
+    if len(os.sched_getaffinity(0)) < _MANY_CORES:
+        return Lookout(0.0, 0.0)
+    return Lookout(_SPIN, _LONGEST_SPIN)
 
 
 class Loop:
@@ -50,8 +75,9 @@ class Loop:
     other threads may use.
 
     spin: seconds for which the loop goes on looking after something has happened, before it
-        sleeps; None chooses by the number of cores. A thread that sleeps is woken by the kernel,
-        which takes microseconds on a machine of its own and up to hundreds in a virtual one.
+        sleeps; None learns how long that pays, unless there are few cores. A thread that sleeps is
+        woken by the kernel, which takes microseconds on a machine of its own and up to hundreds in
+        a virtual one.
     """
 
     def __init__(self, *, spin: float | None = None) -> None:
@@ -65,7 +91,8 @@ class Loop:
         self._rings: list[tuple[Reader, Callback]] = []
         self._questions: list[Question] = []
         self._calls: deque[Callback] = deque()
-        self._spin = default_spin() if spin is None else spin
+        self._lookout = default_lookout() if spin is None else Lookout(spin, spin)
+        self._spins = self._lookout.seconds > 0
         self._stirred = time.monotonic()
         self._glances = 0
         self._fence = threading.Lock()
@@ -114,7 +141,7 @@ class Loop:
     @property
     def spins(self) -> bool:
         """Whether it looks out for a while before it sleeps."""
-        return self._spin > 0
+        return self._spins
 
     def stir(self) -> None:
         """Something happened: an answer may follow soon, so the loop does not sleep yet."""
@@ -130,7 +157,7 @@ class Loop:
     def run_once(self, timeout: float | None = None) -> None:
         """Handle what is there, or what comes first within `timeout` seconds (None: for ever)."""
         end = None if timeout is None else time.monotonic() + timeout
-        if self._spin:
+        if self._spins:
             if self._look():
                 return
             # Not by whoever only wants to know what is there.
@@ -164,15 +191,20 @@ class Loop:
                 self._questions = [each for each in self._questions if each is not question]
             found = found or answer is not False
         self._glances += 1
+        if found:
+            self._happened()
         if self._glances >= _GLANCES or not self._rings:
             found = self._poll(0) or found
-        if found:
-            self._stirred = time.monotonic()
         return found
+
+    def _happened(self) -> None:
+        now = time.monotonic()
+        self._lookout.learn(now - self._stirred)
+        self._stirred = now
 
     def _watch_closely(self, end: float | None) -> bool:
         """Spin until something happens (True), or nothing has for a while."""
-        until = self._stirred + self._spin
+        until = self._stirred + self._lookout.seconds
         if end is not None:
             until = min(until, end)
         if time.monotonic() >= until or not _spinning.acquire(blocking=False):
@@ -224,7 +256,7 @@ class Loop:
         events = self._poller.poll(None if wait is None else int(wait * 1000 + 0.999))
         self._call(events)
         if events:
-            self._stirred = time.monotonic()
+            self._happened()
         return bool(events)
 
     def _call(self, events: Iterable[tuple[object, int]]) -> None:
