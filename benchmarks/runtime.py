@@ -7,20 +7,21 @@
 Variants, which take turns in every round:
 
     called               the whole network, called in this process
-    replayed             the same from one CUDA graph: what every other figure is compared with
+    replayed             the same from one CUDA graph: what the other figures are compared with
     four replayed        the four blocks in this process, each from its graph on its own stream,
                          handed over as blocks of one worker do it, but by one thread
     fused, replayed      the four blocks in this process, run in one go from one graph
     worker: one block    the whole network as the only block of a worker
-    worker: four blocks  the four blocks in one worker, with a thread each
+    worker: four blocks  the four blocks in one worker
     worker: fused        the four blocks in one worker, run in one go
     four workers         each of the four blocks in a worker of its own
+    ..., called          on a GPU the last three without graphs, to be compared with `called`
 
-In the first four, time is from having the input on the device to having the output there. In the
-others this process stands where the gateway does: it sends tensors of its device through TensorMQ,
-and time is from the beginning of the send to having the answer on its own device. Nothing is
-batched (max_batch 1). On a GPU, its work is waited for before and after each request; the clock is
-the host's. Every answer of a latency round is compared with the called network's.
+In those of this process, time is from having the input on the device to having the output there.
+In the others this process stands where the gateway does: it sends tensors of its device through
+TensorMQ, and time is from the beginning of the send to having the answer on its own device. Nothing
+is batched (max_batch 1). On a GPU, its work is waited for before and after each request; the clock
+is the host's. Every answer of a latency round is compared with the called network's.
 
 The four blocks are balanced by modelled costs on a CPU, by measured ones on a GPU (balanced.py).
 
@@ -81,6 +82,7 @@ _T = TypeVar("_T")
 
 _THOROUGH = {"rounds": 20, "requests": 20, "seconds": 1.0, "under_way": [1, 4, 8]}
 _QUICK = {"rounds": 8, "requests": 10, "seconds": 0.5, "under_way": [1, 8]}
+_CALLED = ", called"
 _WARM = 20
 _TIMEOUT = 60.0
 
@@ -162,6 +164,7 @@ class Deployed:
         number: int,
         *,
         fuse: bool = False,
+        graphs: bool = True,
     ) -> None:
         self.name = name
         self._device = options.device
@@ -176,6 +179,7 @@ class Deployed:
                 max_batch=1,
                 precision=options.precision,
                 channels_last=options.channels_last,
+                cuda_graph=graphs,
             )
             for block, manifest in zip(blocks.names, blocks.manifests, strict=True)
         ]
@@ -421,14 +425,15 @@ def _measure(options: argparse.Namespace, folder: Path, found: Measured) -> None
             ("four replayed", lambda name: Direct(name, programs(four), graphs=True)),
             ("fused, replayed", lambda name: Direct(name, [Chain(programs(four))], graphs=True)),
         ]
-    for number, (name, workers, split) in enumerate(
-        [
-            ("worker: one block", [[0]], whole),
-            ("worker: four blocks", [[0, 1, 2, 3]], four),
-            ("worker: fused", [[0, 1, 2, 3]], four),
-            ("four workers", [[0], [1], [2], [3]], four),
-        ]
-    ):
+    deployed = [
+        ("worker: one block", [[0]], whole),
+        ("worker: four blocks", [[0, 1, 2, 3]], four),
+        ("worker: fused", [[0, 1, 2, 3]], four),
+        ("four workers", [[0], [1], [2], [3]], four),
+    ]
+    if gpu:
+        deployed += [(name + _CALLED, *rest) for name, *rest in deployed[1:]]
+    for number, (name, workers, split) in enumerate(deployed):
         makers.append(
             (
                 name,
@@ -440,6 +445,7 @@ def _measure(options: argparse.Namespace, folder: Path, found: Measured) -> None
                     control,
                     number,
                     fuse="fused" in name,
+                    graphs=not name.endswith(_CALLED),
                 ),
             )
         )
@@ -541,7 +547,7 @@ def _print(
 ) -> None:
     console = Console(width=140)
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
-    base = results.get("replayed", next(iter(results.values())))
+    called = next(iter(results.values()))
     table = Table(title=f"{options.model}, one row, {options.precision}", box=None)
     table.add_column("variant")
     for title in ("p50 ms", "p95", "p99", "p50 against monolith"):
@@ -550,6 +556,7 @@ def _print(
         table.add_column(f"{under_way} at once /s", justify="right")
     for name, found in results.items():
         latency = found["latency"]
+        base = called if name.endswith(_CALLED) else results.get("replayed", called)
         table.add_row(
             name,
             *(f"{latency[key]:.3f}" for key in ("p50", "p95", "p99")),

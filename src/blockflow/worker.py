@@ -18,7 +18,7 @@ import zmq
 
 from blockflow import protocol
 from blockflow.artifact import Store
-from blockflow.child import ControlSocket, die_with_parent, start_logging
+from blockflow.child import ControlSocket, die_with_parent, keep_what_is_there, start_logging
 from blockflow.errors import BlockFlowError, StartFailed
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ class Worker:
         for thread in threads:
             thread.start().result()
         self._threads = tuple(threads)
+        keep_what_is_there()
 
     def _stop(self) -> None:
         for thread in self._threads:

@@ -24,7 +24,7 @@ import uvloop
 
 from blockflow import protocol
 from blockflow.access import SameHostOnly, read_token, require_token
-from blockflow.child import ControlSocket, die_with_parent, start_logging
+from blockflow.child import ControlSocket, die_with_parent, keep_what_is_there, start_logging
 from blockflow.errors import BlockFlowError
 from blockflow.gateway.dispatch import BlockDispatcher
 from blockflow.gateway.http import Limits, create_app
@@ -75,6 +75,7 @@ class Gateway:
         self._control = ControlSocket(options.control, protocol.Incarnation(options.incarnation))
         # The descriptor signals edges: it must be drained whenever it fires, and after sends.
         asyncio.get_running_loop().add_reader(self._control.socket.fileno(), self._hear)
+        keep_what_is_there()
         self._start(self._report())
         self._hear()
         await self._server.serve(sockets=[listener])
