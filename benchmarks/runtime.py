@@ -19,9 +19,10 @@ Variants, which take turns in every round:
 
 In those of this process, time is from having the input on the device to having the output there.
 In the others this process stands where the gateway does: it sends tensors of its device through
-TensorMQ, and time is from the beginning of the send to having the answer on its own device. Nothing
-is batched (max_batch 1). On a GPU, its work is waited for before and after each request; the clock
-is the host's. Every answer of a latency round is compared with the called network's.
+TensorMQ, and time is from the beginning of the send to having the answer on its own device, ready,
+as with those of this process; its slot is given back afterwards. Nothing is batched (max_batch 1).
+On a GPU, its work is waited for before and after each request; the clock is the host's. Every
+answer of a latency round is compared with the called network's.
 
 The four blocks are balanced by modelled costs on a CPU, by measured ones on a GPU (balanced.py).
 
@@ -50,7 +51,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from blockflow import cores
 
@@ -79,6 +80,9 @@ from blockflow.wiring import by_rule, wire
 from tensormq import Loop, Message, Peer, Pull, Push, Request, slot_size
 
 _T = TypeVar("_T")
+
+Answer: TypeAlias = tuple[Tensor, Callable[[], None]]
+"""An output on the device, and what is to be called when nobody needs it any more."""
 
 _THOROUGH = {"rounds": 20, "requests": 20, "seconds": 1.0, "under_way": [1, 4, 8]}
 _QUICK = {"rounds": 8, "requests": 10, "seconds": 0.5, "under_way": [1, 8]}
@@ -109,10 +113,10 @@ class Direct:
         ]
         self.kinds = tuple(f"{runner.kind} ({runner.reason})" for runner in self._runners)
 
-    def ask(self, x: Tensor) -> Tensor:
+    def ask(self, x: Tensor) -> Answer:
         output = self._launch(x)
         _wait(self._streams[-1])
-        return output
+        return output, _nothing
 
     def _launch(self, x: Tensor) -> Tensor:
         loan = None
@@ -222,12 +226,10 @@ class Deployed:
         self._peer: Peer = self._push.connect(endpoints[0], timeout=_TIMEOUT)
         self.kinds: tuple[str, ...] = ()
 
-    def ask(self, x: Tensor) -> Tensor:
+    def ask(self, x: Tensor) -> Answer:
         self._send(x)
         message = self._receive()
-        output = next(iter(message.tensors.values())).clone()
-        message.release()
-        return output
+        return next(iter(message.tensors.values())), message.release
 
     def _send(self, x: Tensor) -> None:
         self._push.send(
@@ -458,7 +460,7 @@ def _measure(options: argparse.Namespace, folder: Path, found: Measured) -> None
                 variants.append(make(name))
                 stack.callback(variants[-1].close)
         found.variants = variants
-        expected = variants[0].ask(x)
+        expected, _ = variants[0].ask(x)
         bound = {"fp32": 1e-4, "tf32": 2e-2, "fp16": 2e-2, "bf16": 1e-1}[options.precision]
         _latencies(variants, x, expected, bound, options, found.latencies)
         _throughputs(variants, x, options, found.throughputs)
@@ -500,7 +502,8 @@ def _latencies(
     for variant in variants:
         times[variant.name] = []
         for _ in range(_WARM if options.device != "cpu" else 3):
-            variant.ask(x)
+            _, done = variant.ask(x)
+            done()
     for number in range(options.rounds):
         _say(f"latency, round {number + 1} of {options.rounds}")
         # Another order in every round: nobody always follows the same neighbour.
@@ -509,9 +512,10 @@ def _latencies(
                 if options.device != "cpu":
                     torch.cuda.synchronize()
                 start = time.perf_counter()
-                found = variant.ask(x)
+                found, done = variant.ask(x)
                 times[variant.name].append((time.perf_counter() - start) * 1e3)
                 difference = float((found - expected).abs().max())
+                done()
                 assert difference <= bound * largest, f"{variant.name}: off by {difference}"
 
 
@@ -529,6 +533,10 @@ def _throughputs(
                 rate = variant.throughput(x, options.seconds, under_way)
                 mine = rates.setdefault(variant.name, {}).setdefault(str(under_way), [])
                 mine.append(rate)
+
+
+def _nothing() -> None:
+    """The output of a network of this process lies in memory of its own."""
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -531,6 +531,42 @@ def test_a_slot_that_a_killed_consumer_was_using_can_be_written(how: How, other:
         assert push._loop.run_until(lambda: peer.lost is not None, 5)
         torch.cuda.synchronize()
         assert push.free_slots == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda x: x,
+        lambda x: x.T.contiguous().T,  # in one piece, and not in the order of its rows
+        lambda x: x[:1].expand(6, -1),
+        lambda x: x.conj(),
+        lambda x: x.conj().imag.T.contiguous().T,
+        lambda x: x.real.clone().requires_grad_(),
+        lambda x: x.cpu(),
+        lambda x: x.cpu().pin_memory(),
+        lambda x: x.cpu().T.contiguous().T,
+        lambda x: x.cpu().numpy(),
+    ],
+)
+@pytest.mark.parametrize("stream", [None, torch.cuda.Stream])
+@pytest.mark.parametrize("place", ["cuda:0", "cpu"])
+def test_a_copy_is_equal_however_the_original_lies(
+    source: Callable[[torch.Tensor], torch.Tensor | np.ndarray[Any, Any]],
+    stream: Callable[[], torch.cuda.Stream] | None,
+    place: str,
+) -> None:
+    from tensormq.cuda import copy
+
+    original = source(torch.randn(6, 5, dtype=torch.complex64, device="cuda:0"))
+    expected = torch.as_tensor(original).detach().cpu().resolve_conj().resolve_neg()
+    found = torch.zeros(expected.shape, dtype=expected.dtype, device=place)
+    with torch.cuda.stream(None if stream is None else stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        copy(found, original)
+        torch.cuda.current_stream().synchronize()
+    assert torch.equal(found.cpu(), expected)
+    assert not found.requires_grad
 
 
 def test_an_endpoint_cannot_be_stolen(run_dir: Path) -> None:

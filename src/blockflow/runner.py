@@ -136,6 +136,8 @@ class GraphRunner:
     static = True
 
     def __init__(self, program: Program, largest: int) -> None:
+        from tensormq.cuda import copy  # noqa: PLC0415 - where there is a GPU
+
         self.kind = "compiled, cuda graph" if program.compiled else "cuda graph"
         self.reason = program.uncompiled
         self._program = program
@@ -149,6 +151,8 @@ class GraphRunner:
         self._places = {
             port.name: example(port, largest).to(program.device) for port in manifest.inputs
         }
+        self._single = {name: place.split(1) for name, place in self._places.items()}
+        self._copy = copy
         self._pool = torch.cuda.graph_pool_handle()
         sizes = buckets(largest) if self._batched else (largest,)
         with trying_algorithms():  # each size comes only once
@@ -174,19 +178,26 @@ class GraphRunner:
         self._bucket, self._rows = bucket, rows
 
     def _fill(self, name: str, place: Tensor, parts: Sequence[Tensor], rows: int) -> None:
+        found = sum(part.shape[0] for part in parts) if self._batched else len(parts) * rows
+        if found != rows:
+            raise ValueError(f"{name} has {found} rows beside other inputs with {rows}")
         start = 0
         for part in parts:
-            # copy_ would broadcast and convert what is wrong.
-            mine = place[start : start + part.shape[0]] if self._batched else place
+            count = part.shape[0] if self._batched else rows
+            mine = self._piece(name, place, start, count) if self._batched else place
             if part.shape != mine.shape or part.dtype != mine.dtype:
                 raise ValueError(
                     f"{name} is {part.dtype}{list(part.shape)} and should be "
                     f"{place.dtype}{list(mine.shape)}"
                 )
-            mine.copy_(part, non_blocking=True)
-            start += part.shape[0] if self._batched else rows
-        if start != rows:
-            raise ValueError(f"{name} has {start} rows beside other inputs with {rows}")
+            self._copy(mine, part)
+            start += count
+
+    def _piece(self, name: str, place: Tensor, start: int, rows: int) -> Tensor:
+        """Some rows of a place. To cut them out anew takes longer than to copy them."""
+        if rows == len(place):
+            return place
+        return self._single[name][start] if rows == 1 else place[start : start + rows]
 
     def run(self) -> dict[str, Tensor]:
         # Whichever graph they are of: what one uses in between may be where another's outputs lie.

@@ -185,22 +185,18 @@ def copy(destination: Tensor, source: Tensor) -> None:
     if isinstance(destination, np.ndarray):
         np.copyto(destination, np.asarray(source), casting="no")
     else:
-        copy_torch(destination, source)
+        source = as_torch(source)
+        # Without what autograd knows of it, which would stay with the destination.
+        destination.copy_(source.detach() if source.requires_grad else source)
 
 
-def copy_torch(destination: torch.Tensor, source: Tensor, non_blocking: bool = False) -> None:
-    """Copy without what autograd knows of `source`, which would stay with `destination`."""
-    if isinstance(source, np.ndarray):
-        source = _as_torch(source)
-    elif source.requires_grad:
-        source = source.detach()
-    destination.copy_(source, non_blocking=non_blocking)
-
-
-def _as_torch(array: np.ndarray[Any, Any]) -> torch.Tensor:
+def as_torch(tensor: Tensor) -> torch.Tensor:
+    """The same tensor as one of torch."""
+    if not isinstance(tensor, np.ndarray):
+        return tensor
     import torch  # noqa: PLC0415
 
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.ascontiguousarray(tensor))
 
 
 class InlineSlab:

@@ -149,6 +149,11 @@ class Push:
         self.on_lost: Callable[[Peer], None] | None = None
         self._gpu = device is not None and device.startswith("cuda")
         self._abilities = host.abilities(device, carriers)
+        self._copy: Callable[[Any, Tensor], None] = host.copy
+        if self._gpu:
+            from .cuda import copy  # noqa: PLC0415
+
+            self._copy = copy
 
     # Connecting
 
@@ -445,12 +450,8 @@ class Push:
             lane.pinned = PinnedMemory(_host_slab(lane).memory)
 
     def _fill(self, views: list[tuple[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-        if self._gpu:
-            for name, view in views:
-                host.copy_torch(view, tensors[name], non_blocking=True)
-        else:
-            for name, view in views:
-                host.copy(view, tensors[name])
+        for name, view in views:
+            self._copy(view, tensors[name])
 
     def _descriptors(
         self,
