@@ -355,7 +355,9 @@ def main() -> None:
         action="store_true",
         help="8 rounds of 10 requests, half a second, 1 and 8 at once, unless said otherwise",
     )
-    parser.add_argument("--only", help="variants whose name contains this, beside `called`")
+    parser.add_argument(
+        "--only", help="these variants, beside `called`: replayed;worker: fused;four workers"
+    )
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
     for name, value in (_QUICK if options.quick else _THOROUGH).items():
@@ -455,7 +457,7 @@ def _measure(options: argparse.Namespace, folder: Path, found: Measured) -> None
         stack.callback(control.close)
         variants: list[Direct | Deployed] = []
         for name, make in makers:
-            if name == "called" or not options.only or options.only in name:
+            if name == "called" or not options.only or name in options.only.split(";"):
                 _say(f"getting {name} ready")
                 variants.append(make(name))
                 stack.callback(variants[-1].close)
