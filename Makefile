@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: setup demo test test-gpu browser check clean experiments
+.PHONY: setup demo test test-gpu browser lint check clean experiments
 
 setup: $(VENV)/.ready
 
@@ -32,11 +32,13 @@ browser:
 	  ! command -v apt-get >/dev/null 2>&1 || \
 	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver) >/dev/null
 
-check: setup  ## what every commit passes: format, lint, types, import layers, fast tests
+lint: setup  ## format, lint, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint  ## what every commit passes: lint, and the fast tests
 	$(BIN)/pytest -m 'not slow and not gpu' --timeout 60
 
 EXPERIMENTS := latency throughput energy vram sharing
