@@ -25,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import tensormq
 from blockflow import cores
 from blockflow.artifact import Store
 from blockflow.devices import Device, list_devices
@@ -153,6 +154,7 @@ class Lab:
         if self.gpu:
             parts += [f"mps-{self.options.mps}"] if self.options.mps != "auto" else []
             parts += [self.precision] if self.precision != "fp32" else []
+        parts += ["compiled"] if tensormq.COMPILED else []
         return "-".join(parts)
 
     @property

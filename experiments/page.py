@@ -262,6 +262,8 @@ def conditions(found: Found, source: Path) -> list[str]:
     versions = [f"{name} {version}" for name, version in where["versions"].items()]
     if "driver" in where:
         versions += [f"driver {where['driver']}", f"CUDA {where['cuda']}"]
+    # Of runs before there was a choice, nothing was.
+    versions += ["compiled"] if where.get("compiled") else []
     split = f"costs {where['split']['costs']}; " if where.get("split") else ""
     ran = (
         f"{hardware}; {', '.join(versions)}, Python {where['python']}; commit {where['commit']}; "
