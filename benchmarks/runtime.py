@@ -53,12 +53,6 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from blockflow import cores
-
-# As the supervisor has it in workers, and before torch is loaded: the whole network, too, is to
-# spare the cores of others.
-os.environ.update(cores.waiting())
-
 import measured
 import torch
 from balanced import Blocks, blocks_of, one_row
@@ -66,7 +60,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from blockflow import protocol
+from blockflow import environment, protocol
 from blockflow.artifact import Store
 from blockflow.export import example
 from blockflow.program import Chain, Program, load
@@ -334,6 +328,11 @@ class Control:
 
 
 def main() -> None:
+    serving = environment.serving()
+    if serving.items() - os.environ.items():
+        # As the supervisor has it in workers: the whole network, too, is to spare the cores of
+        # others, and to keep its memory. These are read when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **serving})
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -381,7 +380,7 @@ def _report(options: argparse.Namespace, found: Measured, interrupted: str | Non
         return
     where = measured.conditions(options.device)
     where["threads"] = torch.get_num_threads()
-    names = "OMP_NUM_THREADS", *cores.waiting(), "CUDA_MPS_PIPE_DIRECTORY"
+    names = "OMP_NUM_THREADS", *environment.serving(), "CUDA_MPS_PIPE_DIRECTORY"
     where["environment"] = {name: os.environ.get(name) for name in names}
     _print(where, options, results)
     measured.write(

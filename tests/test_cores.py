@@ -72,13 +72,3 @@ def test_a_container_says_its_quota(tmp_path: Path, text: str, quota: float | No
     file.write_text(text)
     assert cores._quota(file) == quota
     assert cores._quota(tmp_path / "none") is None
-
-
-def test_what_the_environment_says_of_openmp_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in cores.waiting():
-        monkeypatch.delenv(name, raising=False)
-    assert cores.waiting()["OMP_WAIT_POLICY"] == "active"
-    # Without an end to it, those that wait would spin for ever.
-    assert int(cores.waiting()["GOMP_SPINCOUNT"]) <= 10_000
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    assert cores.waiting()["GOMP_SPINCOUNT"] == "7"

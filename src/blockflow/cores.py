@@ -24,20 +24,6 @@ _FORGOTTEN = 5.0
 """Seconds after which a block that computes no longer counts: it may be dead."""
 
 
-def waiting() -> dict[str, str]:
-    """Variables for a process that computes: how its OpenMP threads wait for each other.
-
-    What the environment says already is left so. The threads of a parallel region spin so often
-    for the next one (some ten µs) and then sleep: by default, of workers that take turns on the
-    same cores, those that wait would keep the cores busy, and not to spin at all costs a wake-up
-    for every operation. GNU's library cuts the number down to 100 where a process has more such
-    threads than there are cores, as one with several blocks has; with the policy `active` to 1000.
-    Intel's would then spin for ever but for a variable of its own, in milliseconds.
-    """
-    wanted = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
-    return {name: os.environ.get(name, value) for name, value in wanted.items()}
-
-
 def present() -> frozenset[int]:
     """The numbers of the cores that this thread, and what it starts, may run on."""
     return frozenset(os.sched_getaffinity(0))

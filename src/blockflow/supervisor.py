@@ -17,7 +17,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from blockflow import cores, protocol
+from blockflow import environment as environments
+from blockflow import protocol
 from blockflow.child import remove_cuda_leftovers
 from blockflow.errors import NotInTime, StartFailed
 from blockflow.protocol import Incarnation
@@ -243,7 +244,7 @@ class Supervisor:
             **os.environ,
             # `cuda:N` means the same device here, in NVML and in the child.
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            **cores.waiting(),
+            **environments.serving(),
             **extra_environment,
         }
         # Appended to, so that what follows a truncation begins at the file's start.

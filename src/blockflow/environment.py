@@ -1,0 +1,32 @@
+"""Variables that the processes of a server are started with, because they are read before anything
+else runs. What the environment says already is left so."""
+
+from __future__ import annotations
+
+import os
+
+_WAITING = {
+    # The threads of a parallel region spin so often for the next one (some ten µs) and then sleep:
+    # by default, of workers that take turns on the same cores, those that wait would keep the cores
+    # busy, and not to spin at all costs a wake-up for every operation. GNU's library cuts the
+    # number down to 100 where a process has more such threads than there are cores, as one with
+    # several blocks has; with the policy `active` to 1000. Intel's would then spin for ever but for
+    # a variable of its own, in milliseconds.
+    "OMP_WAIT_POLICY": "active",
+    "GOMP_SPINCOUNT": "10000",
+    "KMP_BLOCKTIME": "1",
+}
+_KEEPING = {
+    # glibc gives large memory back to the kernel as soon as it is free, and gets it anew, page by
+    # page and zeroed, for the next batch or the next request's body: half of the time that a batch
+    # of 32 takes to compute, and of what a gateway does for a request. So nothing is given back,
+    # and all comes from one heap, for those of other threads are given back at once when empty.
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+def serving() -> dict[str, str]:
+    """How OpenMP's threads of a process wait for each other, and that it keeps its memory."""
+    return {name: os.environ.get(name, value) for name, value in (_WAITING | _KEEPING).items()}
