@@ -17,8 +17,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from blockflow import environment as environments
-from blockflow import protocol
+from blockflow import environment, protocol
 from blockflow.child import remove_cuda_leftovers
 from blockflow.errors import NotInTime, StartFailed
 from blockflow.protocol import Incarnation
@@ -240,11 +239,11 @@ class Supervisor:
             *("--log-level", self._log_level),
             *arguments,
         ]
-        environment = {
+        variables = {
             **os.environ,
             # `cuda:N` means the same device here, in NVML and in the child.
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            **environments.serving(),
+            **environment.serving(),
             **extra_environment,
         }
         # Appended to, so that what follows a truncation begins at the file's start.
@@ -254,7 +253,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=environment,
+                env=variables,
                 pass_fds=pass_fds,
                 start_new_session=True,  # Ctrl-C is for the server, which then stops its children
             )
