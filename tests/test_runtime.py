@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
 from blockflow.artifact import Digest
 from blockflow.block import Block
+from blockflow.cores import available
 from blockflow.errors import StartFailed
 from blockflow.protocol import Route, RouteId, Step, decode_note
 from blockflow.reconcile import BlockSpec
@@ -243,11 +245,21 @@ def test_a_block_that_cannot_start_is_named(directory: Path) -> None:
     assert thread.join(10)
 
 
-def test_blocks_on_the_cpu_have_threads_of_their_own_and_those_on_a_gpu_share_one() -> None:
-    def blocks(device: str) -> list[Block]:
-        specs = [BlockSpec(BlockName(f"b{i}"), DIGEST, device, max_batch=1) for i in range(3)]
-        return [Block(spec, program(plus(1), output=X), "ipc:///nowhere", {}) for spec in specs]
+def test_blocks_share_a_thread_unless_they_are_to_have_a_part_of_the_cores() -> None:
+    def names(device: str, **settings: object) -> list[str]:
+        specs = [
+            BlockSpec(BlockName("b0"), DIGEST, device, max_batch=1),
+            msgspec.structs.replace(
+                BlockSpec(BlockName("b1"), DIGEST, device, max_batch=1), **settings
+            ),
+            BlockSpec(BlockName("b2"), DIGEST, device, max_batch=1, threads=available()),
+        ]
+        blocks = [Block(each, program(plus(1), output=X), "ipc:///nowhere", {}) for each in specs]
+        return [thread.name for thread in threads_for(blocks, pytest.fail)]
 
-    assert [t.name for t in threads_for(blocks("cpu"), pytest.fail)] == ["b0", "b1", "b2"]
-    assert [t.name for t in threads_for(blocks("cuda:0"), pytest.fail)] == ["b0, b1, b2"]
+    assert names("cuda:0") == ["b0, b1, b2"]
+    assert names("cpu") == ["b0, b1, b2"]
+    assert names("cpu", cpus=(0,)) == ["b0, b2", "b1"]
+    if available() > 1:
+        assert names("cpu", threads=1) == ["b0, b2", "b1"]
     assert threads_for([], pytest.fail) == []

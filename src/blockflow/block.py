@@ -153,7 +153,6 @@ class Block:
         self._wanted: dict[tuple[str, int], tuple[torch.dtype, torch.Size]] = {}
         self._busy_until = float("-inf")
         self._next_look = 0.0
-        self._threads = 0
         self._stream: torch.cuda.Stream | None = None
         self._launches: Launches | None = None
         self.fresh = False
@@ -585,9 +584,8 @@ class Block:
         """Compute with this block's part of the cores."""
         threads = self._cores.take()
         try:
-            if threads != self._threads:
+            if threads != torch.get_num_threads():
                 torch.set_num_threads(threads)  # of this thread alone
-                self._threads = threads
             yield
         finally:
             self._cores.give_back()

@@ -2,7 +2,9 @@
 
 A thread owns the sockets of its blocks and, on a GPU, their streams. All blocks on a GPU share one:
 it only launches what the GPU computes, and threads of one process that launch side by side wait for
-each other's interpreter lock. A block on the CPU has a thread of its own, for it computes there.
+each other's interpreter lock. Blocks on the CPU that may use all of its cores share one, too: side
+by side they would have as many threads for each core as they are. A block that is to have fewer
+threads, or cores of its own, has a thread of its own.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from concurrent.futures import Future
 import torch
 
 from blockflow.block import Block
-from blockflow.cores import pin
+from blockflow.cores import available, pin
 from blockflow.errors import BlockFlowError, StartFailed
 from blockflow.protocol import Route, RouteId
+from blockflow.reconcile import BlockSpec
 from tensormq import Loop, TensorMQError
 
 log = logging.getLogger(__name__)
@@ -27,9 +30,16 @@ log = logging.getLogger(__name__)
 
 def threads_for(blocks: Sequence[Block], on_fatal: Callable[[str], None]) -> list[BlockThread]:
     """The threads for the blocks of a worker, which are all on one device."""
-    if blocks and torch.device(blocks[0].spec.device).type == "cuda":
-        return [BlockThread(blocks, on_fatal)]
-    return [BlockThread([block], on_fatal) for block in blocks]
+    together = [block for block in blocks if not _apart(block.spec)]
+    apart = [[block] for block in blocks if _apart(block.spec)]
+    return [BlockThread(group, on_fatal) for group in (together, *apart) if group]
+
+
+def _apart(spec: BlockSpec) -> bool:
+    """Whether a block computes on a part of the cores, beside others."""
+    if torch.device(spec.device).type == "cuda":
+        return False
+    return spec.cpus is not None or (spec.threads is not None and spec.threads < available())
 
 
 class BlockThread:

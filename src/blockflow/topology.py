@@ -134,8 +134,8 @@ class Block(_Frozen):
         ge=1,
         le=1024,
         strict=True,
-        description="most threads on the CPU; by default all cores, divided among the blocks that "
-        "compute at the same moment",
+        description="most threads on the CPU; by default all cores, divided among the workers that "
+        "compute at the same moment, and the blocks of a worker then compute in turns",
     )
     # Strict all the way: PyYAML reads a bare 0-3 as text, and 3 as a number.
     cpus: tuple[Annotated[int, Field(ge=0, le=_MOST_CPUS, strict=True)], ...] | None = Field(
