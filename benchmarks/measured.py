@@ -11,12 +11,25 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
 import tensormq
+from blockflow import environment
+
+
+def start_as_served(variables: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Start this process anew, unless it was, with what the supervisor gives its children, and
+    `variables`: what a server's blocks are compared with waits and keeps memory as they do.
+
+    They are read when a process starts.
+    """
+    wanted = {**environment.serving(), **variables}
+    if wanted.items() - os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **wanted})
 
 
 def conditions(device: str) -> dict[str, Any]:

@@ -328,11 +328,7 @@ class Control:
 
 
 def main() -> None:
-    serving = environment.serving()
-    if serving.items() - os.environ.items():
-        # As the supervisor has it in workers: the whole network, too, is to spare the cores of
-        # others, and to keep its memory. These are read when a process starts.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **serving})
+    measured.start_as_served()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.table import Table
 
 import tensormq
-from blockflow import environment
 from blockflow.artifact import Store
 from blockflow.devices import Device, list_devices
 from blockflow.models import ModuleSource, parse_input, resolve
@@ -41,18 +40,13 @@ MIB = 1 << 20
 
 def arguments(description: str | None, *, model: str) -> argparse.ArgumentParser:
     """The options that every experiment has. Starts the process anew where it must."""
-    serving = environment.serving()
-    if serving.items() - os.environ.items():
-        # As BlockFlow's supervisor sets them for its workers, so that all variants wait and keep
-        # memory alike. They are read when a process starts.
-        variables = {
-            **os.environ,
-            **serving,
+    measured.start_as_served(
+        {
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             # To look for a GPU must not begin to use it: MPS can only be joined before.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], variables)
+    )
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -92,7 +92,6 @@ class Loop:
         self._questions: list[Question] = []
         self._calls: deque[Callback] = deque()
         self._lookout = default_lookout() if spin is None else Lookout(spin, spin)
-        self._spins = self._lookout.seconds > 0
         self._stirred = time.monotonic()
         self._glances = 0
         self._fence = threading.Lock()
@@ -141,7 +140,7 @@ class Loop:
     @property
     def spins(self) -> bool:
         """Whether it looks out for a while before it sleeps."""
-        return self._spins
+        return self._lookout.seconds > 0
 
     def stir(self) -> None:
         """Something happened: an answer may follow soon, so the loop does not sleep yet."""
@@ -157,7 +156,7 @@ class Loop:
     def run_once(self, timeout: float | None = None) -> None:
         """Handle what is there, or what comes first within `timeout` seconds (None: for ever)."""
         end = None if timeout is None else time.monotonic() + timeout
-        if self._spins:
+        if self.spins:
             if self._look():
                 return
             # Not by whoever only wants to know what is there.
