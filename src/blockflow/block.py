@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -157,6 +158,8 @@ class Block:
         self._launches: Launches | None = None
         self.fresh = False
         """Whether something came from a block of the same thread since the last turn."""
+        self.due = math.inf
+        """When it wants a turn even if nothing happens, by the monotonic clock."""
 
     # Called from any thread
 
@@ -295,22 +298,11 @@ class Block:
 
     @property
     def busy(self) -> bool:
-        """Whether a turn would find anything to do, or to look at."""
-        return bool(
-            self._queue
-            or self._pull.waiting
-            or self._launches
-            or self._outbox
-            or self._suspects
-            or self._joins.waiting
-        )
+        """Whether a turn would find anything to do."""
+        return bool(self._queue or self._pull.waiting or self._outbox or self._suspects)
 
-    def turn(self) -> float | None:
-        """Do what can be done now.
-
-        Gives the seconds after which there may be more to do; None where something has to happen
-        first of which the loop will tell.
-        """
+    def turn(self) -> None:
+        """Do what can be done now, and say when there may be more to do (`due`)."""
         self.fresh = False
         while (message := self._pull.poll()) is not None:
             self._take(message)
@@ -327,11 +319,13 @@ class Block:
         # Not before: a request that came waits for none of this.
         self._resolve_times()
         self._expire()
-        if wait is not None:
-            return wait
-        if self._launches is not None and self._launches.asked:
-            return _ASKED_SECONDS
-        return _LOOK_SECONDS if self._launches or self._joins.waiting else None
+        if wait is None:
+            # Of all else the loop will tell.
+            if self._launches is not None and self._launches.asked:
+                wait = _ASKED_SECONDS
+            else:
+                wait = _LOOK_SECONDS if self._launches or self._joins.waiting else math.inf
+        self.due = time.monotonic() + wait
 
     # Taking
 

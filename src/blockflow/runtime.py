@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -144,18 +146,21 @@ class BlockThread:
         while True:
             while self._jobs:
                 self._jobs.popleft()()
-            waits = []
+            due = math.inf
+            now = time.monotonic()
             for block in self._blocks:
-                if block.busy:
+                # Not those that only wait for a GPU: there may be many, and to ask each for every
+                # message of another would take longer than the message.
+                if block.busy or block.due <= now:
                     self._enter(block)
-                    wait = block.turn()
-                    if wait is not None:
-                        waits.append(wait)
+                    block.turn()
+                due = min(due, block.due)
             if self._stopping and all(block.idle for block in self._blocks):
                 return
             # A block may have been given something by one whose turn was after its own.
-            again = self._jobs or any(block.fresh for block in self._blocks)
-            self._loop.run_once(0.0 if again else min(waits, default=None))
+            if self._jobs or any(block.fresh for block in self._blocks):
+                due = 0.0
+            self._loop.run_once(None if due == math.inf else max(0.0, due - time.monotonic()))
 
     def _enter(self, block: Block) -> None:
         self._current = block
