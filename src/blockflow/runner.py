@@ -51,12 +51,18 @@ class Loan:
     if not everything was read yet, it first moves the tensors to memory of their own. So a reader
     that keeps up costs no copy, and one that lags does not stop the lender. Lender and readers
     share a thread.
+
+    written: recorded behind what wrote the tensors. read: an event that is the loan's until it is
+    recalled.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], stream: torch.cuda.Stream) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], written: torch.cuda.Event, read: torch.cuda.Event
+    ) -> None:
         self.tensors = dict(tensors)
-        self._written = stream.record_event()
-        self._read: torch.cuda.Event | None = None
+        self._written = written
+        self._read = read
+        self._was_read = False
         self._moved = False
         self._over = False
 
@@ -71,21 +77,24 @@ class Loan:
         try:
             yield
         finally:
-            self._read = stream.record_event()
+            if not self._moved:
+                self._read.record(stream)
+                self._was_read = True
 
     def end(self) -> None:
         """Nobody will read any more."""
         self._over = True
         self.tensors.clear()
 
-    def recall(self, stream: torch.cuda.Stream) -> None:
-        """What `stream` is given from now on may write where the tensors were."""
-        if self._read is not None:
+    def recall(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        """What `stream` is given from now on may write where the tensors were; gives `read`."""
+        if self._was_read:
             self._read.wait(stream)
         if not self._over:
             self.tensors.update({name: each.clone() for name, each in self.tensors.items()})
             self._written = stream.record_event()
             self._moved = True
+        return self._read
 
 
 class EagerRunner:
@@ -143,6 +152,11 @@ class GraphRunner:
         self._program = program
         self._stream = torch.cuda.current_stream(program.device)
         self._loans: list[Loan] = []
+        # To make an event takes as long as to record it. A stream that waits for one waits for
+        # what it stood for at that moment: one is enough for what the latest run has written.
+        self._written = torch.cuda.Event()
+        self._marked = False
+        self._spare: list[torch.cuda.Event] = []
         manifest = program.manifest
         with_rows = {has_rows(port) for port in program.ports}
         if len(with_rows) > 1:
@@ -201,9 +215,9 @@ class GraphRunner:
 
     def run(self) -> dict[str, Tensor]:
         # Whichever graph they are of: what one uses in between may be where another's outputs lie.
-        for loan in self._loans:
-            loan.recall(self._stream)
+        self._spare += [loan.recall(self._stream) for loan in self._loans]
         self._loans.clear()
+        self._marked = False
         bucket = self._bucket
         bucket.graph.replay()
         if self._batched and self._rows < bucket.rows:
@@ -212,7 +226,11 @@ class GraphRunner:
 
     def lend(self, tensors: Mapping[str, Tensor]) -> Loan | None:
         """Let another stream read outputs of the last run, or parts of them."""
-        loan = Loan(tensors, self._stream)
+        if not self._marked:
+            self._marked = True
+            self._written.record(self._stream)
+        read = self._spare.pop() if self._spare else torch.cuda.Event()
+        loan = Loan(tensors, self._written, read)
         self._loans.append(loan)
         return loan
 
