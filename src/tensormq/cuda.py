@@ -134,6 +134,22 @@ def _current_stream(index: int) -> torch.cuda.Stream:
     return stream
 
 
+def _give(index: int, call: Callable[[int], tuple[Any, ...]]) -> None:
+    """Make a CUDA call that takes the current stream of the device `index`, by its handle.
+
+    The handle, without the object that torch would make for it.
+    """
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    if stream or torch.cuda.current_device() == index:
+        result = call(stream)
+        if result[0]:
+            _checked(result)
+    else:
+        # Every device calls its default stream 0: the driver takes that of the current one.
+        with torch.cuda.device(index):
+            _checked(call(stream))
+
+
 def copy(destination: torch.Tensor, source: host.Tensor) -> None:
     """Have the current stream copy `source` to `destination`, of the same shape and dtype.
 
@@ -153,20 +169,8 @@ def copy(destination: torch.Tensor, source: host.Tensor) -> None:
     ):
         destination.copy_(source.detach(), non_blocking=True)
         return
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    if stream or torch.cuda.current_device() == index:
-        _copy(destination, source, stream)
-    else:
-        # As in `_Words`: every device calls its default stream 0.
-        with torch.cuda.device(index):
-            _copy(destination, source, stream)
-
-
-def _copy(destination: torch.Tensor, source: torch.Tensor, stream: int) -> None:
-    to, origin = destination.data_ptr(), source.data_ptr()
-    result = rt.cudaMemcpyAsync(to, origin, destination.nbytes, _ANY_WAY, stream)
-    if result[0]:
-        _checked(result)
+    to, origin, size = destination.data_ptr(), source.data_ptr(), destination.nbytes
+    _give(index, lambda stream: rt.cudaMemcpyAsync(to, origin, size, _ANY_WAY, stream))
 
 
 class _Words:
@@ -178,23 +182,15 @@ class _Words:
 
     def write(self, slot: int, value: int) -> None:
         """The current stream writes `value` after what it was given so far."""
-        self._give(driver.cuStreamWriteValue64, slot, value, _WRITE)
+        word = self._addresses[slot]
+        _give(self._index, lambda stream: driver.cuStreamWriteValue64(stream, word, value, _WRITE))
 
     def wait(self, slot: int, value: int) -> None:
         """What the current stream is given from here on begins when the word is `value` or more."""
-        self._give(driver.cuStreamWaitValue64, slot, value, _WAIT_GEQ)
-
-    def _give(self, operation: Callable[..., Any], slot: int, value: int, how: int) -> None:
-        # The handle, without the object that torch would make for it.
-        stream = torch._C._cuda_getCurrentRawStream(self._index)
-        if stream or torch.cuda.current_device() == self._index:
-            result = operation(stream, self._addresses[slot], value, how)
-            if result[0]:
-                _checked(result)
-        else:
-            # Every device calls its default stream 0: the driver takes that of the current one.
-            with torch.cuda.device(self._index):
-                _checked(operation(stream, self._addresses[slot], value, how))
+        word = self._addresses[slot]
+        _give(
+            self._index, lambda stream: driver.cuStreamWaitValue64(stream, word, value, _WAIT_GEQ)
+        )
 
     def fill(self, side: _Side, value: int) -> None:
         """Write all words, whatever the streams are waiting for; done when it returns."""
@@ -259,6 +255,7 @@ class DeviceSlab:
 
     def __init__(self, nonce: int, slots: int, slot_bytes: int, device: str) -> None:
         self._device = torch.device(device)
+        self._index = _index(self._device)
         self._slot_bytes = slot_bytes
         self._size = wire.device_slab_size(slots, slot_bytes)
         self._base = self._size - slots * slot_bytes
@@ -324,6 +321,18 @@ class DeviceSlab:
 
     def view(self, slot: int, spec: wire.TensorSpec) -> torch.Tensor:
         return _view(self._memory, spec, self._base + slot * self._slot_bytes)
+
+    def surely_takes(self, tensors: Iterable[host.Tensor]) -> bool:
+        """Whether `copy` of these to a slot is nothing but work for this GPU.
+
+        Which fails when nothing that the process has on the GPU can be used any more.
+        """
+        return all(
+            isinstance(each, torch.Tensor)
+            and each.get_device() == self._index
+            and each.layout is torch.strided
+            for each in tensors
+        )
 
     def publish(self, slot: int, sequence: int, holders: Iterable[object]) -> None:
         """All that the current stream has been given so far belongs to the slot's content."""

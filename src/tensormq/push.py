@@ -373,15 +373,16 @@ class Push:
         try:
             for lane, members in groups.items():
                 slots.append((lane, members, self._acquire(lane, members, timeout)))
+            later = [lane for lane, _, _ in slots if _can_be_promised(lane, tensors)]
             for lane, _, slot in slots:
-                self._prepare(lane, slot)
-                self._fill(lane.views.own(slot, layout), tensors)
+                if lane not in later:
+                    self._fill(lane, slot, layout, tensors)
         except BaseException:
             for lane, _, slot in slots:
                 lane.pool.abandon(slot)
             raise
         for lane, members, slot in slots:
-            self._post(lane, slot, layout, members, extras)
+            self._post(lane, slot, layout, members, extras, tensors if lane in later else None)
 
     def _by_lane(self, peers: Sequence[Peer]) -> Mapping[_Lane, Sequence[Peer]]:
         groups: dict[_Lane, list[Peer]] = {}
@@ -449,8 +450,11 @@ class Push:
 
             lane.pinned = PinnedMemory(_host_slab(lane).memory)
 
-    def _fill(self, views: list[tuple[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-        for name, view in views:
+    def _fill(
+        self, lane: _Lane, slot: int, layout: wire.Layout, tensors: Mapping[str, Tensor]
+    ) -> None:
+        self._prepare(lane, slot)
+        for name, view in lane.views.own(slot, layout):
             self._copy(view, tensors[name])
 
     def _descriptors(
@@ -490,7 +494,9 @@ class Push:
         layout: wire.Layout,
         peers: Sequence[Peer],
         extras: _Extras,
+        promised: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """Hand on a slot that is filled, or that `promised` is copied to once it is announced."""
         sequence = self._sequence = self._sequence + 1
         try:
             frames = self._descriptors(peers, sequence, slot, layout, extras)
@@ -504,8 +510,10 @@ class Push:
             return
         self._announce(lane, slot, layout, frames)
         if lane.device is not None:
-            # Not before: the consumer's stream waits for the word anyway, and to hand it to the
-            # driver takes as long as all the rest.
+            # Not before: the consumer's stream waits for the word anyway, and to hand a copy and
+            # the word to the driver takes longer than all the rest.
+            if promised is not None:
+                self._fill(lane, slot, layout, promised)
             lane.device.publish(slot, sequence, frames)
 
     def _announce(
@@ -739,6 +747,11 @@ def _several(to: Sequence[Peer]) -> tuple[Peer, ...]:
     if not peers:
         raise ValueError("a message needs at least one peer to go to")
     return peers
+
+
+def _can_be_promised(lane: _Lane, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether consumers may be told of these before they are copied to a slot of `lane`."""
+    return lane.device is not None and lane.device.surely_takes(tensors.values())
 
 
 def _listed(obstacles: Mapping[Carrier, str], among: Collection[Carrier] = tuple(Carrier)) -> str:
