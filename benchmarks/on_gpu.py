@@ -85,6 +85,7 @@ def parts(device: str, out: Path, store: str, *, full: bool) -> list[Part]:
                 *("--json", str(out / "hop-two-gpus.json")),
             ),
         ),
+        *measured("ping_pong", 60),
         *measured("fanout", 120),
         *(
             Part(

@@ -152,8 +152,10 @@ def _hold(endpoint: str, device: str, begun: Any) -> None:
                 held.pop(0).release()
 
 
-def restarts(count: int, device: str) -> dict[str, Any]:
-    """Kill and start again the producer and the consumer, `count` times in all."""
+def restarts(count: int, device: str, seconds: float) -> dict[str, Any]:
+    """Kill and start again the producer and the consumer, `count` times in all or until `seconds`
+    have passed."""
+    until = time.monotonic() + seconds
     logging.getLogger("tensormq").setLevel(logging.CRITICAL)
     directory = Path(tempfile.mkdtemp(prefix="soak-"))
     context = mp.get_context("forkserver")
@@ -195,6 +197,8 @@ def restarts(count: int, device: str) -> dict[str, Any]:
             counted["restarts"] += 1
             if number == max(1, count // 10):
                 early = _held(device)
+            if early and time.monotonic() > until:
+                break
         late = _held(device)
     shutil.rmtree(directory)
     growth = {name: late[name] - early[name] for name in late}
@@ -253,6 +257,12 @@ def main() -> None:
     parser.add_argument("what", choices=["fuzz", "restarts"])
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="of restarts: end after so long, but not before a tenth of the count",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
@@ -262,7 +272,7 @@ def main() -> None:
     if options.what == "fuzz":
         results = fuzz(options.count, options.seed)
     else:
-        results = restarts(options.count, options.device)
+        results = restarts(options.count, options.device, options.seconds)
     results["seconds"] = round(time.monotonic() - begun, 1)
     for name, value in results.items():
         print(f"{name}: {value}")

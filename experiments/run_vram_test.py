@@ -262,19 +262,22 @@ def main() -> None:
         family = families.build(source, lab.store, options.tasks, options.share, own)
         inputs = networks.arrays(source.inputs, ROWS, 0)
         apart = processes(lab, family, inputs, min(count, options.tasks))
-        rows = [distribution(lab, family, each, inputs, apart) for each in fractions]
-        results = {
-            "model": options.model,
-            "tasks": options.tasks,
-            "runner": options.runner,
-            "memory": "device memory by NVML" if lab.gpu else "host memory (PSS)",
-            "processes": apart,
-            "rows": rows,
-            "targets": lab.judged(targets(lab, rows)),
-        }
+        rows: list[dict[str, Any]] = []
+        for fraction in fractions:
+            rows.append(distribution(lab, family, fraction, inputs, apart))
+            # Each takes minutes: what is known is kept, whatever becomes of the next.
+            results = {
+                "model": options.model,
+                "tasks": options.tasks,
+                "runner": options.runner,
+                "memory": "device memory by NVML" if lab.gpu else "host memory (PSS)",
+                "processes": apart,
+                "rows": rows,
+                "targets": lab.judged(targets(lab, rows)),
+            }
+            figures.vram(lab.figure, results)
+            lab.write(results)
         report(lab, results)
-        figures.vram(lab.figure, results)
-        lab.write(results)
 
 
 if __name__ == "__main__":
