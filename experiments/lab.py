@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import psutil
@@ -63,7 +63,7 @@ def arguments(description: str | None, *, model: str) -> argparse.ArgumentParser
         help="of every variant: as the topology's setting for the GPU says, auto by default",
     )
     parser.add_argument(
-        "--precision", default="fp32", choices=("fp32", "tf32"), help="of every variant"
+        "--precision", default="fp32", choices=get_args(Precision), help="of every variant"
     )
     parser.add_argument(
         "--quick",
@@ -148,6 +148,7 @@ class Lab:
         if self.gpu:
             parts += [f"mps-{self.options.mps}"] if self.options.mps != "auto" else []
             parts += [self.precision] if self.precision != "fp32" else []
+        parts += ["channels-last"] if getattr(self.options, "channels_last", False) else []
         parts += ["compiled"] if tensormq.COMPILED else []
         return "-".join(parts)
 

@@ -211,7 +211,12 @@ def one_step(lab: Lab, side: Side, asked: Asked, load: Load, *, rate: float, lim
 
 def measure(lab: Lab, tasks: Sequence[Task], load: Load) -> dict[str, dict[str, Any]]:
     """Both ways to serve these tasks, side by side and in turns."""
-    settings = {"worker": "all", "max_batch": load.batch, "precision": lab.precision}
+    settings = {
+        "worker": "all",
+        "max_batch": load.batch,
+        "precision": lab.precision,
+        "channels_last": lab.options.channels_last,
+    }
     topologies = {
         "monoliths": wholes(lab, tasks, settings),
         "one trunk": families.topology(lab.store, tasks, lab.device, settings, lab.devices()),
@@ -336,6 +341,7 @@ def main() -> None:
     parser.add_argument("--p99", type=float, help="ms; default 20, on a CPU 5 times one request's")
     parser.add_argument("--max-batch", type=int, help="of every block; default 32, on a CPU 8")
     parser.add_argument("--seconds", type=float, help="of one measurement")
+    parser.add_argument("--channels-last", action="store_true", help="of every block")
     options = parser.parse_args()
     if options.mps == "on":
         parser.error("each side is one worker, which needs no MPS; leave --mps out")
