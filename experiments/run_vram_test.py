@@ -265,6 +265,7 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for fraction in fractions:
             rows.append(distribution(lab, family, fraction, inputs, apart))
+            rows.sort(key=lambda row: row["fraction"])
             # Each takes minutes: what is known is kept, whatever becomes of the next.
             results = {
                 "model": options.model,
