@@ -24,7 +24,7 @@ test: setup browser  ## everything that can run on this machine
 
 GPU_TESTS ?= gpu and not two_gpus  # `gpu` where there are two
 test-gpu:  ## what needs an NVIDIA GPU; with the environment's own torch, for wheels differ
-	PYTHONPATH=src python3 -m pytest -m '$(GPU_TESTS)' tests/test_tensormq.py tests/test_program.py tests/test_devices.py tests/test_gpu_runner.py tests/test_gpu.py tests/test_gpu_mps.py
+	PYTHONPATH=src python3 -m pytest -m '$(GPU_TESTS)' tests/test_tensormq.py tests/test_program.py tests/test_devices.py tests/test_runtime.py tests/test_gpu_runner.py tests/test_gpu.py tests/test_gpu_mps.py
 
 # The page's tests drive a real browser. Without root and without one they fail and say so.
 browser:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _PYTEST = ("-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations", "10", "-m")
-_TESTS = ("tensormq", "soak", "program", "devices", "gpu_runner", "gpu")
+_TESTS = ("tensormq", "soak", "program", "devices", "runtime", "gpu_runner", "gpu")
 _EXPERIMENTS = ("latency", "throughput", "energy", "vram", "sharing")
 _LAST_LINES = 40
 

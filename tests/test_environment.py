@@ -36,6 +36,16 @@ def test_what_the_environment_says_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     assert environment.serving()["GOMP_SPINCOUNT"] == "7"
 
 
+def test_only_who_has_a_gpu_without_mps_asks_for_more_queues(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in environment.serving()
+    assert environment.without_mps() == {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "12")
+    assert environment.without_mps() == {"CUDA_DEVICE_MAX_CONNECTIONS": "12"}
+
+
 def test_memory_that_was_freed_is_used_again_without_the_kernel() -> None:
     """In every thread, and also where it is large."""
     told = subprocess.run(

@@ -61,8 +61,8 @@ IMAGE, SCORES = Port("x", "float32", ("batch", 3, 16, 16)), Port("y", "float32",
 
 
 def on_gpu(call: Callable[..., Tensor], *inputs: Port, output: Port | None = None) -> Program:
-    made = program(call, *inputs, **({} if output is None else {"output": output}))
-    return Program(made.manifest, DEVICE, lambda *given: (call(*given),))
+    outputs = {} if output is None else {"output": output}
+    return program(call, *inputs, device=str(DEVICE), **outputs)
 
 
 def net() -> Program:
@@ -273,6 +273,14 @@ def test_what_is_lent_is_read_before_it_is_overwritten(lag: float) -> None:
     torch.cuda.synchronize(DEVICE)
     assert [ends.tolist() for _, ends in found] == [[2 * value] * 2 for value, _ in found]
     assert [value for value, _ in found] == [number + 1.0 for number in range(300)]
+
+
+def test_nothing_is_kept_of_what_preparing_took() -> None:
+    wide = Port("x", "float32", ("batch", 1 << 22))
+    prepare(on_gpu(lambda x: (x + 1) * 2, wide, output=Port("y", "float32", wide.shape)), 4)
+    kept = torch.cuda.memory_reserved(DEVICE)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(DEVICE) == kept
 
 
 def test_what_is_recalled_unread_moves_and_what_is_read_stays() -> None:

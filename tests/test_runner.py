@@ -18,7 +18,9 @@ from blockflow.runner import EagerRunner, NotCapturable, _compare, buckets, prep
 X, Y = Port("x", "float32", ("batch", 3)), Port("y", "float32", ("batch", 3))
 
 
-def program(call: Callable[..., Tensor], *inputs: Port, output: Port = Y) -> Program:
+def program(
+    call: Callable[..., Tensor], *inputs: Port, output: Port = Y, device: str = "cpu"
+) -> Program:
     manifest = Manifest(
         format="torch.export",
         digest=Digest("sha256-" + "0" * 64),
@@ -30,7 +32,7 @@ def program(call: Callable[..., Tensor], *inputs: Port, output: Port = Y) -> Pro
         origin=Origin("net", 0, 1, "first", "last"),
         files={},
     )
-    return Program(manifest, torch.device("cpu"), lambda *given: (call(*given),))
+    return Program(manifest, torch.device(device), lambda *given: (call(*given),))
 
 
 def test_buckets_are_powers_of_two_and_the_limit() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,14 +28,29 @@ DIGEST = Digest("sha256-" + "0" * 64)
 
 
 class House:
-    """Blocks `b0`, `b1`, ... in a chain, `groups` of which share a thread; and their client."""
+    """Blocks `b0`, `b1`, ... in a chain, `groups` of which share a thread; and their client.
+
+    On a GPU those of `replayed` have CUDA graphs.
+    """
 
     def __init__(
-        self, folder: Path, calls: Sequence[Callable[[Tensor], Tensor]], *groups: Sequence[int]
+        self,
+        folder: Path,
+        calls: Sequence[Callable[[Tensor], Tensor]],
+        *groups: Sequence[int],
+        device: str = "cpu",
+        replayed: Collection[int] = (),
     ) -> None:
         self.fatal: list[str] = []
         specs = [
-            BlockSpec(BlockName(f"b{index}"), DIGEST, "cpu", max_batch=4, threads=1)
+            BlockSpec(
+                BlockName(f"b{index}"),
+                DIGEST,
+                device,
+                max_batch=4,
+                threads=1,
+                cuda_graph=index in replayed,
+            )
             for index in range(len(calls))
         ]
         endpoints = [f"ipc://{folder}/{index}.sock" for index in range(len(calls))]
@@ -46,7 +61,7 @@ class House:
             for index in group:
                 together[endpoints[index]] = self.blocks[index] = Block(
                     specs[index],
-                    program(calls[index], output=X),
+                    program(calls[index], output=X, device=device),
                     endpoints[index],
                     together,
                     slots=1,
@@ -139,6 +154,26 @@ def test_whoever_shares_a_thread_all_requests_are_answered(
     for number in range(200):
         assert torch.equal(
             torch.as_tensor(found[number]), torch.full((1 + number % 4, 3), number + 1111.0)
+        )
+    assert house.fatal == []
+    house.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(120)
+def test_blocks_that_are_called_share_a_stream(directory: Path) -> None:
+    """And hand over to each other as to those that are replayed on streams of their own."""
+    calls = [plus(1), plus(10), plus(100), plus(1000), plus(10000)]
+    house = House(directory, calls, range(5), device="cuda:0", replayed={2, 4})
+    streams = [house.blocks[index]._stream for index in range(5)]
+    assert streams[0] is streams[1] is streams[3]
+    assert len({id(each) for each in streams}) == 3
+    for number in range(200):
+        house.send(number, torch.full((1 + number % 4, 3), float(number)))
+    found = house.answers(200)
+    for number in range(200):
+        assert torch.equal(
+            torch.as_tensor(found[number]), torch.full((1 + number % 4, 3), number + 11111.0)
         )
     assert house.fatal == []
     house.close()

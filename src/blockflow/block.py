@@ -242,17 +242,22 @@ class Block:
 
     # Life
 
-    def open(self, loop: Loop, on_fatal: Callable[[str], None]) -> None:
+    def open(
+        self, loop: Loop, shared: torch.cuda.Stream | None, on_fatal: Callable[[str], None]
+    ) -> None:
         """Warm up, and receive from now on.
 
-        on_fatal: called with the reason when nothing in this process can compute any more.
+        shared: on a GPU, a stream of the thread's blocks. on_fatal: called with the reason when
+        nothing in this process can compute any more.
         """
         self._loop = loop
-        if self._gpu:
-            self._stream = torch.cuda.Stream(self._device)
-            self._launches = Launches(self._stream)
-            self.enter()
+        if shared is not None:
+            self._use(torch.cuda.Stream(self._device) if self.spec.cuda_graph else shared)
         self._runner = prepare(self._program, self.spec.max_batch, graphs=self.spec.cuda_graph)
+        if shared is not None and not self._runner.static:
+            # Graphs of several blocks run side by side. Kernels that are launched one by one hardly
+            # do, and torch and cuBLAS keep memory for every stream that they have computed on.
+            self._use(shared)
         if self._runner.reason is not None:
             log.info("block %s runs eagerly: %s", self.spec.name, self._runner.reason)
         largest = {
@@ -277,6 +282,11 @@ class Block:
             self.spec.threads,
             alone=self.spec.cpus is not None,
         )
+
+    def _use(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._launches = Launches(stream)
+        self.enter()
 
     def enter(self) -> None:
         """What the thread gives its GPU from now on is this block's."""

@@ -28,7 +28,7 @@ from typing import Any
 
 import msgspec
 
-from blockflow import cores, devices, edit, ledger, protocol, reconcile, upload, wiring
+from blockflow import cores, devices, edit, environment, ledger, protocol, reconcile, upload, wiring
 from blockflow.artifact import Digest, Manifest, Store
 from blockflow.edit import Terms, Verb
 from blockflow.errors import (
@@ -687,6 +687,17 @@ class Controller:
 
         return await asyncio.gather(*map(bring_up, workers), return_exceptions=True)
 
+    async def _environment(self, spec: WorkerSpec) -> dict[str, str]:
+        """What a worker is started with beside what all processes are. Raises StartFailed."""
+        found: dict[str, str] = {}
+        if spec.mps:
+            found |= await self._mps.environment(spec.device)
+        elif spec.device != "cpu":
+            found |= environment.without_mps()
+        if any(block.compile for block in spec.blocks):
+            found[protocol.MACHINE_CODE] = str(self._state.machine_code)
+        return found
+
     async def _bring_up(self, worker: _Worker, seconds: float) -> None:
         """Start a worker's process and have it load and warm its blocks. Raises StartFailed."""
         spec = worker.spec
@@ -694,16 +705,13 @@ class Controller:
         incarnation = self._supervisor.next_incarnation()
         self._journal.write(EventKind.WORKER_STARTED, spec.name)
         try:
-            environment = await self._mps.environment(spec.device) if spec.mps else {}
-            if any(block.compile for block in spec.blocks):
-                environment = {**environment, protocol.MACHINE_CODE: str(self._state.machine_code)}
             worker.child = await self._supervisor.spawn(
                 f"worker {spec.name}",
                 "blockflow.worker",
                 incarnation,
                 ["--name", spec.name],
                 seconds=seconds,
-                extra_environment=environment,
+                extra_environment=await self._environment(spec),
             )
             # The socket's path must stay short, so it is numbered rather than named.
             worker.endpoints = {

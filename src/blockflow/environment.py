@@ -25,8 +25,21 @@ _KEEPING = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_ARENA_MAX": "1",
 }
+_QUEUES = {
+    # A GPU takes work from so many queues at a time. With 8, as is the default, streams of a worker
+    # with many blocks share them, and who waits holds up who could go on.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+}
 
 
 def serving() -> dict[str, str]:
     """How OpenMP's threads of a process wait for each other, and that it keeps its memory."""
     return {name: os.environ.get(name, value) for name, value in (_WAITING | _KEEPING).items()}
+
+
+def without_mps() -> dict[str, str]:
+    """What a worker on a GPU is started with beside that, unless it joins MPS.
+
+    All processes that do share one pool of queues, and the first would leave none for the others.
+    """
+    return {name: os.environ.get(name, value) for name, value in _QUEUES.items()}

@@ -310,7 +310,11 @@ def prepare(program: Program, largest: int, *, graphs: bool = True) -> Runner:
     with _preparing:
         if graphs:
             try:
-                return GraphRunner(program, largest)
+                runner = GraphRunner(program, largest)
+                # Graphs have memory of their own: what it took to warm up and to compare is of no
+                # use to them, and none to other streams while it is kept for this one.
+                torch.cuda.empty_cache()
+                return runner
             except NotCapturable as error:
                 reason = str(error)
             except Exception as error:  # noqa: BLE001 - what is wrong shows when it is called

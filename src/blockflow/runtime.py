@@ -1,6 +1,7 @@
 """The threads of a worker that serve its blocks.
 
-A thread owns the sockets of its blocks and, on a GPU, their streams. All blocks on a GPU share one:
+A thread owns the sockets of its blocks and, on a GPU, their streams: one for each block that is
+replayed from graphs, and one for all others. All blocks on a GPU share one:
 it only launches what the GPU computes, and threads of one process that launch side by side wait for
 each other's interpreter lock. Blocks on the CPU that may use all of its cores share one, too: side
 by side they would have as many threads for each core as they are. A block that is to have fewer
@@ -135,11 +136,13 @@ class BlockThread:
             # computation, and start where it may run.
             pin(cores)
         device = torch.device(self._current.spec.device)
+        shared = None
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            shared = torch.cuda.Stream(device)
         for block in self._blocks:
             self._current = block
-            block.open(self._loop, self._on_fatal)
+            block.open(self._loop, shared, self._on_fatal)
             stack.callback(block.close)
 
     def _serve(self) -> None:
