@@ -109,6 +109,16 @@ class House:
                 found |= dict(_read(message))
         return found
 
+    def answers_all(self, added: float) -> None:
+        """Of 200 requests at once, each with other rows, each gets what the chain adds to it."""
+        asked = {n: torch.full((1 + n % 4, 3), float(n)) for n in range(200)}
+        for number, x in asked.items():
+            self.send(number, x)
+        found = self.answers(len(asked))
+        for number, x in asked.items():
+            assert torch.equal(torch.as_tensor(found[number]), x + added)
+        assert self.fatal == []
+
     def close(self) -> None:
         for thread in self.threads:
             thread.stop()
@@ -148,14 +158,7 @@ def test_whoever_shares_a_thread_all_requests_are_answered(
 ) -> None:
     """With one slot to the next block, and many more requests than that at once."""
     house = House(directory, [plus(1), plus(10), plus(100), plus(1000)], *groups)
-    for number in range(200):
-        house.send(number, torch.full((1 + number % 4, 3), float(number)))
-    found = house.answers(200)
-    for number in range(200):
-        assert torch.equal(
-            torch.as_tensor(found[number]), torch.full((1 + number % 4, 3), number + 1111.0)
-        )
-    assert house.fatal == []
+    house.answers_all(1111)
     house.close()
 
 
@@ -168,14 +171,7 @@ def test_blocks_that_are_called_share_a_stream(directory: Path) -> None:
     streams = [house.blocks[index]._stream for index in range(5)]
     assert streams[0] is streams[1] is streams[3]
     assert len({id(each) for each in streams}) == 3
-    for number in range(200):
-        house.send(number, torch.full((1 + number % 4, 3), float(number)))
-    found = house.answers(200)
-    for number in range(200):
-        assert torch.equal(
-            torch.as_tensor(found[number]), torch.full((1 + number % 4, 3), number + 11111.0)
-        )
-    assert house.fatal == []
+    house.answers_all(11111)
     house.close()
 
 
