@@ -22,14 +22,24 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from blockflow import cores, devices, edit, environment, ledger, protocol, reconcile, upload, wiring
+from blockflow import (
+    cores,
+    devices,
+    edit,
+    environment,
+    ledger,
+    protocol,
+    reconcile,
+    reporting,
+    upload,
+)
 from blockflow.artifact import Digest, Manifest, Store
+from blockflow.deployed import Deployed, Road, Worker, silence
 from blockflow.edit import Terms, Verb
 from blockflow.errors import (
     BlockFlowError,
@@ -43,7 +53,6 @@ from blockflow.errors import (
 from blockflow.events import Journal
 from blockflow.mps import DEVICE as MPS_DEVICE
 from blockflow.mps import Mps
-from blockflow.oip import ModelMetadata
 from blockflow.options import ServeOptions
 from blockflow.protocol import Route, RouteId
 from blockflow.reconcile import WorkerSpec
@@ -53,18 +62,15 @@ from blockflow.status import (
     ApplyResult,
     BlockState,
     BlockStatus,
-    ChannelStatus,
     Event,
     EventKind,
     GatewayStatus,
     GenerationRecord,
-    Histogram,
     Outcome,
     PipelineStatus,
-    PortStatus,
 )
 from blockflow.supervisor import Child, Patience, Supervisor
-from blockflow.topology import BlockName, Generation, PipelineName, Topology, WorkerName
+from blockflow.topology import BlockName, Generation, PipelineName, Topology
 
 log = logging.getLogger(__name__)
 
@@ -77,60 +83,8 @@ _CRASH_LOOP = 5
 """So many deaths within `_MEMORY_SECONDS`, or starts in vain, are a crash loop: nobody waits."""
 _MEMORY_SECONDS = 60.0
 _LOOK_EVERY = 0.5
-_NOT_READY_WHEN_SILENT = 2.5
-"""Seconds. Reports come every half second; what misses five of them is not called ready."""
 _ANY_TERMS = Terms()
 _NO_GATEWAY = "the gateway is being started"
-
-
-@dataclass(eq=False)
-class _Worker:
-    spec: WorkerSpec
-    state: BlockState = BlockState.STARTING
-    reason: str | None = None
-    returning: bool = False
-    """It failed, and there is good hope that its successor will be ready soon."""
-    restarts: int = 0
-    child: Child | None = None
-    endpoints: dict[BlockName, str] = field(default_factory=dict)
-    computations: dict[BlockName, Patience] = field(default_factory=dict)
-    overdue: str | None = None
-    """What it computes although the deadline passed long ago."""
-    condemned: bool = False
-    parted: bool = False
-    """Under MPS: its work was taken off the GPU, so that its death is its own."""
-
-
-@dataclass(frozen=True)
-class _Road:
-    """A route and the workers that it leads through."""
-
-    route: Route
-    workers: tuple[_Worker, ...]
-
-    @property
-    def broken(self) -> str | None:
-        """Why nothing can travel here, or None."""
-        for step, worker in zip(self.route.steps, self.workers, strict=True):
-            if worker.state is BlockState.FAILED:
-                return f"block {step.block} failed: {worker.reason}"
-        return None
-
-    @property
-    def doubt(self) -> str | None:
-        """Why it is not certain that anything arrives that travels here, or None."""
-        return next(filter(None, map(_doubt, self.workers)), None)
-
-
-@dataclass(frozen=True)
-class _Deployed:
-    """One generation: what serves."""
-
-    generation: Generation
-    topology: Topology
-    manifests: Mapping[Digest, Manifest]
-    workers: Mapping[WorkerName, _Worker]
-    roads: Mapping[PipelineName, _Road]
 
 
 class Controller:
@@ -148,12 +102,12 @@ class Controller:
         self._journal = Journal()
         self._supervisor = Supervisor(run_dir, state.logs, options.log_level)
         self._mps = Mps(self._supervisor, run_dir, self._lose_gpu)
-        self._sharing: set[_Worker] = set()
+        self._sharing: set[Worker] = set()
         # The one for topologies that name none: what was chosen, or what the last one named.
         self._store = options.store and options.store.resolve()
-        self._deployed = _Deployed(Generation(0), Topology(store=None), {}, {}, {})
-        self._passing: list[_Worker] = []
-        self._leaving: tuple[_Road, ...] = ()
+        self._deployed = Deployed(Generation(0), Topology(store=None), {}, {}, {})
+        self._passing: list[Worker] = []
+        self._leaving: tuple[Road, ...] = ()
         self._gateway: Child | None = None
         self._results = ""
         self._route_ids = itertools.count(1)
@@ -240,7 +194,7 @@ class Controller:
                 return result
             self._store = store
             kept = {spec.name: old.workers[spec.name] for spec in plan.keep}
-            new = _Deployed(number, topology, manifests, kept, roads={})
+            new = Deployed(number, topology, manifests, kept, roads={})
             try:
                 new = await self._launch(new, plan.start, terms.timeout_s)
                 # Written down before it serves: what was acknowledged is never forgotten, and a
@@ -282,7 +236,7 @@ class Controller:
         async with self._lock:
             before = self._deployed
             terms.check(before.generation)
-            old = self._home(block)
+            old = self._deployed.home(block)
             name = old.spec.name
             result = ApplyResult(
                 generation=before.generation,
@@ -294,7 +248,7 @@ class Controller:
             )
             if terms.dry_run:
                 return result
-            new = _Deployed(
+            new = Deployed(
                 before.generation,
                 before.topology,
                 before.manifests,
@@ -347,81 +301,44 @@ class Controller:
 
     async def logs(self, block: BlockName, lines: int) -> list[str]:
         """The last lines that a block's process wrote. Raises NotFound."""
-        child = self._home(block).child
+        child = self._deployed.home(block).child
         return await asyncio.to_thread(child.log_lines, lines) if child is not None else []
 
-    def _home(self, block: BlockName) -> _Worker:
-        for worker in self._deployed.workers.values():
-            if any(spec.name == block for spec in worker.spec.blocks):
-                return worker
-        known = ", ".join(self._deployed.topology.blocks) or "none"
-        raise NotFound(f"there is no block {block}; there are: {known}")
-
     async def blocks(self) -> list[BlockStatus]:
-        everyone = (*self._deployed.workers.values(), *self._passing)
         names = self._listeners()
-        pids = [worker.child.pid for worker in everyone if worker.child and worker.child.alive]
-        # In a thread: a driver may take its time, and the events of this loop cannot wait.
-        memory = await asyncio.to_thread(lambda: {pid: devices.process_memory(pid) for pid in pids})
-        return [status for worker in everyone for status in _block_statuses(worker, names, memory)]
+        workers = self._everyone()
+        children = [worker.child for worker in workers if worker.child is not None]
+        memory = await self._memory(children)
+        return [each for worker in workers for each in reporting.blocks_of(worker, names, memory)]
 
     async def gateway(self) -> GatewayStatus:
         child = self._gateway
-        if child is None or not child.alive:
-            return GatewayStatus(ready=False, url=None, host_memory_bytes=None, channels=())
-        memory = await asyncio.to_thread(devices.process_memory, child.pid)
-        report = child.report
-        known = report if isinstance(report, protocol.GatewayReport) else None
-        return GatewayStatus(
-            pid=child.pid,
-            url=known.url if known else None,
-            ready=self._serving,
-            host_memory_bytes=memory.host_bytes,
-            hops={carrier: _histogram(each) for carrier, each in known.hops.items()}
-            if known
-            else {},
-            channels=_channels(known.channels, self._listeners()) if known else (),
-        )
+        memory = await self._memory([child] if child is not None else [])
+        taken = memory.get(child.pid) if child is not None else None
+        return reporting.gateway(child, self._listeners(), taken, serving=self._serving)
+
+    async def _memory(self, children: Iterable[Child]) -> dict[int, devices.ProcessMemory]:
+        """What those of these processes take that live, by their pids."""
+        pids = [child.pid for child in children if child.alive]
+        # In a thread: a driver may take its time, and the events of this loop cannot wait.
+        return await asyncio.to_thread(lambda: {pid: devices.process_memory(pid) for pid in pids})
+
+    def _everyone(self) -> tuple[Worker, ...]:
+        """The workers that serve, and those that come or go."""
+        return (*self._deployed.workers.values(), *self._passing)
 
     def _listeners(self) -> dict[str, str]:
         """Who takes what is sent to an endpoint: the names of blocks, and the gateway."""
-        everyone = (*self._deployed.workers.values(), *self._passing)
         names = {
             endpoint: str(name)
-            for worker in everyone
+            for worker in self._everyone()
             for name, endpoint in worker.endpoints.items()
         }
         return {**names, self._results: "gateway"}
 
     def pipelines(self) -> list[PipelineStatus]:
-        report = self._gateway.report if self._gateway is not None else None
-        counts = report.pipelines if isinstance(report, protocol.GatewayReport) else {}
-        statuses = []
-        for model in self._models():
-            name = PipelineName(model.metadata.name)
-            reason = self._no_gateway or model.reason
-            count = counts.get(name)
-            pipeline = self._deployed.topology.pipelines[name]
-            statuses.append(
-                PipelineStatus(
-                    name=name,
-                    blocks=wiring.ordered(pipeline),
-                    edges=wiring.edges(pipeline),
-                    entries=wiring.entries(pipeline),
-                    exits=wiring.exits(pipeline),
-                    path=wiring.path(pipeline),
-                    ready=reason is None,
-                    reason=reason,
-                    inputs=_ports(model.metadata.inputs),
-                    outputs=_ports(model.metadata.outputs),
-                    max_batch=model.metadata.max_batch,
-                    requests=count.requests if count else 0,
-                    errors=sum(count.errors.values()) if count else 0,
-                    errors_by_kind=count.errors if count else {},
-                    latency=_histogram(count.latency) if count else None,
-                )
-            )
-        return statuses
+        now = self._deployed
+        return reporting.pipelines(now.topology, now.models(), self._gateway, self._no_gateway)
 
     def mps(self) -> Mapping[str, devices.Mps]:
         return self._mps.status()
@@ -434,7 +351,7 @@ class Controller:
             return [self._no_gateway]
         pipelines = [
             f"pipeline {model.metadata.name} is not ready: {model.reason}"
-            for model in self._models()
+            for model in self._deployed.models()
             if model.reason is not None
         ]
         workers = [
@@ -449,11 +366,11 @@ class Controller:
         """Why nobody can be answered, or None."""
         if not self._serving or self._gateway is None:
             return _NO_GATEWAY
-        return _silence(self._gateway)
+        return silence(self._gateway)
 
     def _doubts(self) -> list[str]:
         """What may hang, and why."""
-        silences = map(_silence, self._watched())
+        silences = map(silence, self._watched())
         ready = (w for w in self._deployed.workers.values() if w.state is BlockState.READY)
         overdue = (worker.overdue for worker in ready)
         return [doubt for doubt in (*silences, *overdue) if doubt is not None]
@@ -481,34 +398,6 @@ class Controller:
             raise TopologyInvalid(problems)
         return store, {d: m for d, m in found.items() if isinstance(m, Manifest)}
 
-    def _models(self) -> list[protocol.Model]:
-        """Every pipeline as clients may see it now."""
-        now = self._deployed
-        models = []
-        for name in map(PipelineName, now.topology.pipelines):
-            wired = reconcile.wiring_of(now.topology, now.manifests, name)
-            rows = reconcile.rows_of(now.topology, name)
-            metadata = ModelMetadata(name, wired.inputs, wired.outputs, rows)
-            road = now.roads.get(name)
-            broken = self._missing(now, name) if road is None else road.broken
-            route = road.route.id if road is not None and broken is None else None
-            # Requests still go to a worker in doubt: it may only be slow.
-            reason = road.doubt if road is not None and broken is None else broken
-            returning = road is not None and all(
-                worker.state is not BlockState.FAILED or worker.returning for worker in road.workers
-            )
-            models.append(protocol.Model(metadata, route, reason, returning))
-        return models
-
-    def _missing(self, deployed: _Deployed, name: PipelineName) -> str:
-        """Why a pipeline has no route."""
-        blocks = deployed.topology.pipelines[name].members
-        for worker in deployed.workers.values():
-            for block in worker.spec.blocks:
-                if block.name in blocks and worker.state is not BlockState.READY:
-                    return f"block {block.name} is {worker.state}: {worker.reason or 'it loads'}"
-        return "it is being connected"
-
     # Acting
 
     async def _resume(self, last: GenerationRecord) -> None:
@@ -523,8 +412,8 @@ class Controller:
                 raise TopologyInvalid([f"{which}: {each}" for each in error.problems]) from error
             mps = await self._prepare_mps(last.topology)
             specs = reconcile.plan_workers(last.topology, mps)
-            workers = {name: _Worker(spec) for name, spec in specs.items()}
-            self._deployed = _Deployed(
+            workers = {name: Worker(spec) for name, spec in specs.items()}
+            self._deployed = Deployed(
                 Generation(last.generation), last.topology, manifests, workers, {}
             )
             await self._publish()
@@ -540,7 +429,7 @@ class Controller:
             self._journal.write(EventKind.GENERATION_APPLIED, str(last.generation), "resumed")
             log.info("generation %d serves again", last.generation)
 
-    async def _bring_up_or_mark(self, worker: _Worker) -> None:
+    async def _bring_up_or_mark(self, worker: Worker) -> None:
         try:
             await self._bring_up(worker, self._options.ready_timeout_s)
         except StartFailed as error:
@@ -553,13 +442,13 @@ class Controller:
 
     async def _launch(
         self,
-        target: _Deployed,
+        target: Deployed,
         specs: Iterable[WorkerSpec],
         timeout_s: float | None,
         pipelines: Iterable[str] | None = None,
         *,
         restarts: int | None = None,
-    ) -> _Deployed:
+    ) -> Deployed:
         """`target` with new workers, ready and connected. Raises StartFailed.
 
         The new workers are passing until they are part of what is deployed; after a failure they
@@ -568,7 +457,7 @@ class Controller:
         seconds = min(timeout_s or self._options.ready_timeout_s, self._options.ready_timeout_s)
         before = self._deployed.workers
         workers = [
-            _Worker(
+            Worker(
                 spec,
                 restarts=restarts
                 if restarts is not None
@@ -589,7 +478,7 @@ class Controller:
             late = timeout_s is not None and all(isinstance(each, NotInTime) for each in failures)
             error = NotInTime if late else StartFailed
             raise error("; ".join(str(failure) for failure in failures))
-        target = _Deployed(
+        target = Deployed(
             target.generation,
             target.topology,
             target.manifests,
@@ -607,7 +496,7 @@ class Controller:
                 raise StartFailed(f"worker {worker.spec.name} failed: {worker.reason}")
         return target
 
-    async def _give_up(self, new: _Deployed) -> None:
+    async def _give_up(self, new: Deployed) -> None:
         """Stop what was started for `new`, which will not serve, and forget its routes."""
         old = self._deployed.roads
         await self._forget(road for name, road in new.roads.items() if old.get(name) is not road)
@@ -615,7 +504,7 @@ class Controller:
         self._passing = []
         await self._keep_mps()
 
-    async def _supplant(self, new: _Deployed, stop: list[_Worker]) -> None:
+    async def _supplant(self, new: Deployed, stop: list[Worker]) -> None:
         """Swap the routes. From here on `new` is what should be, and failures are repaired."""
         old = self._deployed
         self._deployed = new
@@ -646,7 +535,7 @@ class Controller:
         specs = (worker.spec for worker in self._deployed.workers.values())
         await self._mps.keep({spec.device for spec in specs if spec.mps})
 
-    async def _record(self, deployed: _Deployed, verb: Verb, reason: str | None = None) -> None:
+    async def _record(self, deployed: Deployed, verb: Verb, reason: str | None = None) -> None:
         def write() -> None:
             # A generation that failed uses nothing.
             topology = deployed.topology if reason is None else Topology(store=None)
@@ -657,14 +546,14 @@ class Controller:
 
         await asyncio.to_thread(write)
 
-    async def _fail(self, deployed: _Deployed, verb: Verb, reason: str) -> None:
+    async def _fail(self, deployed: Deployed, verb: Verb, reason: str) -> None:
         self._journal.write(EventKind.GENERATION_FAILED, str(deployed.generation), reason)
         # The state may be what failed.
         with contextlib.suppress(StartFailed):
             await self._record(deployed, verb, reason)
 
     async def _bring_up_together(
-        self, workers: Sequence[_Worker], seconds: float
+        self, workers: Sequence[Worker], seconds: float
     ) -> list[BaseException | None]:
         """What became of each of them after `seconds` at most.
 
@@ -675,7 +564,7 @@ class Controller:
         starts = asyncio.Semaphore(at_once)
         end = asyncio.get_running_loop().time() + seconds
 
-        async def bring_up(worker: _Worker) -> None:
+        async def bring_up(worker: Worker) -> None:
             async with starts:
                 left = end - asyncio.get_running_loop().time()
                 if left <= 0:
@@ -698,7 +587,7 @@ class Controller:
             found[protocol.MACHINE_CODE] = str(self._state.machine_code)
         return found
 
-    async def _bring_up(self, worker: _Worker, seconds: float) -> None:
+    async def _bring_up(self, worker: Worker, seconds: float) -> None:
         """Start a worker's process and have it load and warm its blocks. Raises StartFailed."""
         spec = worker.spec
         end = asyncio.get_running_loop().time() + seconds
@@ -738,7 +627,7 @@ class Controller:
         worker.child.on_exit = lambda reason: self._mourn(worker, reason)
         self._journal.write(EventKind.WORKER_READY, spec.name)
 
-    async def _stop(self, worker: _Worker, seconds: float = _STOP_SECONDS) -> None:
+    async def _stop(self, worker: Worker, seconds: float = _STOP_SECONDS) -> None:
         if worker.child is not None:
             alive = worker.child.alive
             await worker.child.stop(seconds, lambda: self._part(worker))
@@ -771,7 +660,7 @@ class Controller:
         self._gateway.on_exit = self._mourn_gateway
         self._journal.write(EventKind.GATEWAY_STARTED, "gateway")
 
-    async def _with_roads(self, deployed: _Deployed, pipelines: Iterable[str]) -> _Deployed:
+    async def _with_roads(self, deployed: Deployed, pipelines: Iterable[str]) -> Deployed:
         """Lay a new route for each of `pipelines` whose workers are ready, and connect it.
 
         Raises StartFailed when a worker or the gateway cannot connect; the routes are forgotten.
@@ -786,7 +675,7 @@ class Controller:
         except StartFailed:
             await self._forget(roads.values())
             raise
-        return _Deployed(
+        return Deployed(
             deployed.generation,
             deployed.topology,
             deployed.manifests,
@@ -794,7 +683,7 @@ class Controller:
             {**deployed.roads, **roads},
         )
 
-    def _plan_road(self, deployed: _Deployed, name: PipelineName) -> _Road | None:
+    def _plan_road(self, deployed: Deployed, name: PipelineName) -> Road | None:
         wired = reconcile.wiring_of(deployed.topology, deployed.manifests, name)
         home = {
             block.name: worker
@@ -814,11 +703,11 @@ class Controller:
             [chain for worker in workers for chain in worker.spec.chains],
             self._results,
         )
-        return _Road(route, tuple(home[step.block] for step in route.steps))
+        return Road(route, tuple(home[step.block] for step in route.steps))
 
     async def _tell(
         self,
-        roads: Iterable[_Road],
+        roads: Iterable[Road],
         command: Any,
     ) -> None:
         """Send every worker of `roads`, and the gateway, a command about the routes it is on."""
@@ -842,10 +731,10 @@ class Controller:
         if gateway is not None and gateway.alive:
             # A gateway that fails here is ending, and its successor is told again.
             with contextlib.suppress(StartFailed):
-                await gateway.command(protocol.Publish(tuple(self._models())))
+                await gateway.command(protocol.Publish(tuple(self._deployed.models())))
                 self._serving = self._serving or gateway is self._gateway
 
-    async def _leave(self, roads: Iterable[_Road]) -> None:
+    async def _leave(self, roads: Iterable[Road]) -> None:
         """Let what travels on `roads` arrive, then forget them."""
         roads = tuple(roads)
         ids = tuple(road.route.id for road in roads)
@@ -855,7 +744,7 @@ class Controller:
                 await self._gateway.command(protocol.Drain(ids, seconds), seconds + 5)
         await self._forget(roads)
 
-    async def _forget(self, roads: Iterable[_Road]) -> None:
+    async def _forget(self, roads: Iterable[Road]) -> None:
         roads = tuple(roads)
         try:
             await self._tell(
@@ -866,7 +755,7 @@ class Controller:
 
     # Mourning and repair
 
-    def _mourn(self, worker: _Worker, reason: str) -> None:
+    def _mourn(self, worker: Worker, reason: str) -> None:
         """A worker died: stop sending there, answer what it held, and start a successor.
 
         Under MPS, whoever dies without having been parted from the others takes them along.
@@ -889,13 +778,13 @@ class Controller:
         if lost := self._end_sharing(device, reason):
             self._bury(lost, _fate(next(iter(lost)).spec), reason, ())
 
-    def _end_sharing(self, device: str, reason: str) -> dict[_Worker, str]:
+    def _end_sharing(self, device: str, reason: str) -> dict[Worker, str]:
         """End all that share a GPU under MPS, for what they hold there is lost.
 
         Gives those of them that were ready. One that still starts fails, and whoever started it
         hears of it.
         """
-        ended: dict[_Worker, str] = {}
+        ended: dict[Worker, str] = {}
         for other in tuple(self._sharing):
             if other.spec.device == device and other.child is not None:
                 self._sharing.discard(other)
@@ -906,7 +795,7 @@ class Controller:
         return ended
 
     def _bury(
-        self, lost: Mapping[_Worker, str], fate: str, reason: str, suspects: tuple[int, ...]
+        self, lost: Mapping[Worker, str], fate: str, reason: str, suspects: tuple[int, ...]
     ) -> None:
         """Note the deaths of workers that died together, and have them repaired.
 
@@ -950,7 +839,7 @@ class Controller:
             log.error("a repair failed", exc_info=error)
 
     async def _abandon(
-        self, lost: Sequence[_Worker], reason: str, suspects: tuple[int, ...]
+        self, lost: Sequence[Worker], reason: str, suspects: tuple[int, ...]
     ) -> None:
         await self._publish()
         ids = tuple(
@@ -964,7 +853,7 @@ class Controller:
             with contextlib.suppress(StartFailed):
                 await self._gateway.command(protocol.Abort(ids, words, suspects))
 
-    async def _replace(self, dead: Sequence[_Worker], deaths: int) -> None:
+    async def _replace(self, dead: Sequence[Worker], deaths: int) -> None:
         """Start successors: at once after one death, ever later after several in a row.
 
         Those that died together come back together, after all of them are gone.
@@ -980,15 +869,15 @@ class Controller:
                 return
             pause = _pause(attempt - 1)
 
-    async def _succeed(self, dead: Sequence[_Worker], attempt: int) -> list[_Worker]:
+    async def _succeed(self, dead: Sequence[Worker], attempt: int) -> list[Worker]:
         """Start successors and route around `dead` through them; gives those still without one."""
         for worker in dead:
             if worker.child is not None:
                 await worker.child.ended()
         await self._renew_mps({worker.spec.device for worker in dead if worker.spec.mps})
-        pairs: list[tuple[_Worker, _Worker]] = []
-        failed: list[tuple[_Worker, _Worker, str]] = []
-        successors = [_Worker(worker.spec, restarts=worker.restarts + 1) for worker in dead]
+        pairs: list[tuple[Worker, Worker]] = []
+        failed: list[tuple[Worker, Worker, str]] = []
+        successors = [Worker(worker.spec, restarts=worker.restarts + 1) for worker in dead]
         outcomes = await asyncio.gather(
             *(self._rise(successor) for successor in successors), return_exceptions=True
         )
@@ -1020,7 +909,7 @@ class Controller:
                 log.info("worker %s is back", worker.spec.name)
         return left
 
-    async def _rise(self, worker: _Worker) -> None:
+    async def _rise(self, worker: Worker) -> None:
         """Bring up a successor, without MPS where it cannot be had any more. Raises StartFailed."""
         spec = worker.spec
         if spec.mps:
@@ -1036,7 +925,7 @@ class Controller:
         for device in set(gpus) - {worker.spec.device for worker in self._sharing}:
             await self._mps.renew(device)
 
-    async def _part(self, worker: _Worker) -> None:
+    async def _part(self, worker: Worker) -> None:
         """Before a worker under MPS is killed, take its work off the GPU it shares."""
         if worker.spec.mps and worker.child is not None and worker.child.alive:
             worker.parted = True
@@ -1052,11 +941,11 @@ class Controller:
                 return
         child.condemn(reason)
 
-    async def _part_and_condemn(self, worker: _Worker, child: Child, reason: str) -> None:
+    async def _part_and_condemn(self, worker: Worker, child: Child, reason: str) -> None:
         await self._part(worker)
         child.condemn(reason)
 
-    async def _install(self, pairs: Sequence[tuple[_Worker, _Worker]]) -> None:
+    async def _install(self, pairs: Sequence[tuple[Worker, Worker]]) -> None:
         """Route around the dead of `pairs` through their successors. Raises StartFailed."""
         now = self._deployed
         dead = [worker for worker, _ in pairs]
@@ -1068,7 +957,7 @@ class Controller:
         affected += [
             name for name in map(PipelineName, now.topology.pipelines) if name not in now.roads
         ]
-        new = _Deployed(
+        new = Deployed(
             now.generation,
             now.topology,
             now.manifests,
@@ -1107,7 +996,7 @@ class Controller:
         """The processes that are expected to report."""
         workers = [
             worker.child
-            for worker in (*self._deployed.workers.values(), *self._passing)
+            for worker in self._everyone()
             if worker.child is not None
             and worker.child.alive
             and worker.state in {BlockState.READY, BlockState.DRAINING}
@@ -1134,7 +1023,7 @@ class Controller:
                 self._repair(self._publish())
             await asyncio.sleep(_LOOK_EVERY)
 
-    def _look_at_computations(self, worker: _Worker) -> None:
+    def _look_at_computations(self, worker: Worker) -> None:
         """Mark a worker that computes what was due long ago, and kill one that hangs.
 
         A client chooses its deadline, and must not be able to have workers killed by choosing too
@@ -1170,18 +1059,6 @@ def _access(options: ServeOptions) -> list[str]:
         if path is not None:
             flags += [flag, str(path)]
     return flags
-
-
-def _silence(child: Child) -> str | None:
-    """What to say of a process that says nothing itself, or None."""
-    if child.silent <= _NOT_READY_WHEN_SILENT:
-        return None
-    return f"{child.name} has said nothing for more than {_NOT_READY_WHEN_SILENT:g} s"
-
-
-def _doubt(worker: _Worker) -> str | None:
-    """Why it is not certain that a worker works, or None."""
-    return worker.overdue or (None if worker.child is None else _silence(worker.child))
 
 
 def _fate(spec: WorkerSpec) -> str:
@@ -1231,83 +1108,3 @@ def _in_use(directory: Path | None, topology: Topology, history: Path) -> Iterat
                 # Some stores are read-only. Nobody can collect garbage there either.
                 log.debug("the store at %s cannot know of %s: %s", directory, history, error)
         yield
-
-
-def _histogram(found: protocol.Histogram) -> Histogram:
-    return Histogram(bounds=found.bounds, counts=found.counts, sum=found.sum)
-
-
-def _mean_ms(found: protocol.Histogram) -> float | None:
-    """Milliseconds of a histogram of seconds; None while it is empty."""
-    count = sum(found.counts)
-    return found.sum / count * 1e3 if count else None
-
-
-def _channels(
-    found: Iterable[protocol.ChannelReport], names: Mapping[str, str]
-) -> tuple[ChannelStatus, ...]:
-    """`names` says who listens at an endpoint."""
-    return tuple(
-        ChannelStatus(
-            peer=names.get(c.endpoint, c.endpoint.removeprefix("local:")),
-            carrier=c.carrier,
-            messages=c.messages,
-            bytes=c.bytes,
-            host_bytes=c.host_bytes,
-        )
-        for c in found
-    )
-
-
-def _ports(ports: Iterable[Any]) -> tuple[PortStatus, ...]:
-    return tuple(PortStatus(name=p.name, dtype=p.dtype, shape=p.shape) for p in ports)
-
-
-def _block_statuses(
-    worker: _Worker, names: Mapping[str, str], memories: Mapping[int, devices.ProcessMemory]
-) -> Iterable[BlockStatus]:
-    """The blocks of one worker.
-
-    `names` says which block listens at an endpoint, `memories` what processes take, by their pids.
-    """
-    child = worker.child
-    alive = child is not None and child.alive
-    memory = memories.get(child.pid) if child is not None and alive else None
-    report = child.report if child is not None else None
-    reports = (
-        {block.block: block for block in report.blocks}
-        if isinstance(report, protocol.WorkerReport)
-        else {}
-    )
-    for spec in worker.spec.blocks:
-        known = reports.get(spec.name)
-        yield BlockStatus(
-            name=spec.name,
-            artifact=spec.digest,
-            device=spec.device,
-            worker=worker.spec.name,
-            pid=child.pid if child is not None and alive else None,
-            state=(
-                BlockState.CRASH_LOOPING
-                if worker.state is BlockState.FAILED and not worker.returning
-                else worker.state
-            ),
-            reason=worker.reason or _doubt(worker),
-            restarts=worker.restarts,
-            device_memory_bytes=memory.device_bytes.get(spec.device) if memory else None,
-            host_memory_bytes=memory.host_bytes if memory else None,
-            requests=sum(known.requests.values()) if known else 0,
-            requests_by_pipeline={str(p): n for p, n in known.requests.items()} if known else {},
-            queued=known.queued if known else 0,
-            incomplete=known.incomplete if known else 0,
-            batch_sizes=_histogram(known.batch_sizes) if known else None,
-            compute_seconds=_histogram(known.compute) if known else None,
-            queue_seconds=_histogram(known.queue) if known else None,
-            hop_seconds=_histogram(known.hop) if known else None,
-            compute_ms_mean=_mean_ms(known.compute) if known else None,
-            queue_ms_mean=_mean_ms(known.queue) if known else None,
-            runner=known.runner if known else None,
-            runner_reason=known.runner_reason if known else None,
-            fused_into=known.fused_into if known else None,
-            channels=_channels(known.channels, names) if known else (),
-        )
