@@ -14,6 +14,7 @@ from setuptools import setup
 _COMPILED = [
     "src/tensormq/cuda.py",
     "src/tensormq/host.py",
+    "src/tensormq/lane.py",
     "src/tensormq/loop.py",
     "src/tensormq/pool.py",
     "src/tensormq/pull.py",

@@ -25,9 +25,10 @@ from .errors import (
     UnsupportedTensor,
 )
 from .keys import Keys, load_keys, make_keys
+from .lane import Filling
 from .loop import Loop
 from .pull import Message, Pull
-from .push import Filling, Peer, Push
+from .push import Peer, Push
 from .statistics import ChannelStatistics, ConsumerStatistics, Histogram
 from .wire import Carrier, Doorbell, Request, slot_size
 

@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -29,15 +29,15 @@ from .errors import (
 )
 from .host import Tensor
 from .keys import Keys
+from .lane import DeviceLane, Filling, HostLane, Lane
 from .loop import Loop
-from .pool import SlotPool
 from .process import open_pidfd
 from .ring import Line, Rings
 from .statistics import ChannelStatistics
 from .wire import Carrier, Doorbell, Request
 
 if TYPE_CHECKING:
-    from .cuda import Completions, DeviceSlab, PinnedMemory
+    from .cuda import Completions
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Peer:
         self.lost: str | None = None
         self._socket = socket
         self._answers: list[wire.ToProducer] = []
-        self._lane: _Lane | None = None
+        self._lane: Lane | None = None
         self._line: Line | None = None
         self._connections: tcp.Connections | None = None
         self._refused = False
@@ -65,49 +65,6 @@ class Peer:
 
     def __repr__(self) -> str:
         return f"<Peer {self.endpoint} {self.statistics.carrier}>"
-
-
-class _Lane:
-    """The slots of one carrier, shared by all peers that use it."""
-
-    def __init__(
-        self,
-        slab: host.HostSlab | host.InlineSlab | DeviceSlab,
-        slots: int,
-        nonce: int,
-        views: host.Views,
-    ) -> None:
-        self.slab = slab
-        self.device: DeviceSlab | None = None  # the slab, where it is on a GPU
-        self.inline = slab.carrier is Carrier.INLINE
-        self.views = views
-        self.nonce = nonce
-        self.pinned: PinnedMemory | None = None
-        self.pool = SlotPool(slots)
-        self.sequences = [0] * slots
-
-    def close(self) -> None:
-        if self.pinned is not None:
-            self.pinned.close()
-        self.views.close()
-        self.slab.close()
-
-
-@dataclass(slots=True)
-class Filling:
-    """A slot to write into: `tensors` are views of it. Send it, or abandon it."""
-
-    tensors: dict[str, Any]
-    _layout: wire.Layout
-    _lane: _Lane
-    _slot: int
-    _done: bool = False
-
-    def abandon(self) -> None:
-        """Give the slot back unsent; does nothing to a Filling that was sent."""
-        if not self._done:
-            self._done = True
-            self._lane.pool.abandon(self._slot)
 
 
 class Push:
@@ -139,7 +96,7 @@ class Push:
         self._loop = loop or Loop()
         self._owns_loop = loop is None
         self._rings = doorbell is Doorbell.RING and ring.supported()
-        self._lanes: dict[Carrier, _Lane] = {}
+        self._lanes: dict[Carrier, Lane] = {}
         self._layouts: dict[object, wire.Layout] = {}
         self._peers: list[Peer] = []
         self._sequence = 0
@@ -149,11 +106,6 @@ class Push:
         self.on_lost: Callable[[Peer], None] | None = None
         self._gpu = device is not None and device.startswith("cuda")
         self._abilities = host.abilities(device, carriers)
-        self._copy: Callable[[Any, Tensor], None] = host.copy
-        if self._gpu:
-            from .cuda import copy  # noqa: PLC0415
-
-            self._copy = copy
 
     # Connecting
 
@@ -235,7 +187,7 @@ class Push:
                     carrier,
                     self._slots,
                     self._slot_bytes,
-                    lane.slab.offer(),
+                    lane.offer(),
                     rings.offer if rings else None,
                 )
                 self._say(peer, [wire.encode(offer)])
@@ -259,11 +211,10 @@ class Push:
         peer.statistics.doorbell = Doorbell.RING
         self._loop.watch_ring(line.incoming, partial(self._drain, peer))
 
-    def _admit(self, peer: Peer, lane: _Lane, offer: wire.Offer) -> None:
+    def _admit(self, peer: Peer, lane: Lane, offer: wire.Offer) -> None:
         peer._lane = lane
         peer.statistics.carrier = offer.carrier
-        if lane.device is not None and isinstance(offer.slab, wire.DeviceSlab):
-            lane.device.attach(peer, offer.slab.consumer)
+        lane.attach(peer, offer.slab)
 
     def _answer(self, peer: Peer, end: float) -> wire.ToProducer:
         if not self._loop.run_until(
@@ -276,30 +227,15 @@ class Push:
             raise EndpointError(f"{peer.endpoint} was lost in the handshake: {peer.lost}")
         return peer._answers.pop(0)
 
-    def _lane(self, carrier: Carrier) -> _Lane:
+    def _lane(self, carrier: Carrier) -> Lane:
         lane = self._lanes.get(carrier)
         if lane is None:
-            lane = self._lanes[carrier] = self._new_lane(carrier)
+            if carrier is Carrier.CUDA_IPC:
+                lane = DeviceLane(self._slots, self._slot_bytes, str(self._device))
+            else:
+                lane = HostLane(carrier, self._slots, self._slot_bytes, self._device)
+            self._lanes[carrier] = lane
         return lane
-
-    def _new_lane(self, carrier: Carrier) -> _Lane:
-        nonce = secrets.randbits(63)
-        slab: host.HostSlab | host.InlineSlab | DeviceSlab
-        if carrier is Carrier.CUDA_IPC:
-            from .cuda import DeviceSlab  # noqa: PLC0415
-
-            slab = DeviceSlab(nonce, self._slots, self._slot_bytes, str(self._device))
-            lane = _Lane(slab, self._slots, nonce, host.Views(slab.view, numpy=False))
-            lane.device = slab
-            return lane
-        if carrier is Carrier.SHM:
-            slab = host.HostSlab(nonce, self._slots, self._slot_bytes)
-        else:
-            slab = host.InlineSlab(self._slots, self._slot_bytes)
-        numpy = self._device is None
-        view = host.numpy_view if numpy else host.torch_view
-        views = host.Views(lambda slot, spec: view(slab.memory, spec, slab.base(slot)), numpy)
-        return _Lane(slab, self._slots, nonce, views)
 
     # Sending
 
@@ -325,7 +261,7 @@ class Push:
         if layout is None:
             layout = self._learn(key, tensors)
         slot = self._acquire(lane, peers, timeout)
-        self._prepare(lane, slot)
+        lane.make_ready(slot)
         return Filling(lane.views.lend(slot, layout), layout, lane, slot)
 
     def send(
@@ -369,23 +305,24 @@ class Push:
         if layout is None:
             layout = self._learn(key, {n: host.describe(t) for n, t in tensors.items()})
         groups = {self._live(peers[0]): peers} if len(peers) == 1 else self._by_lane(peers)
-        slots: list[tuple[_Lane, Sequence[Peer], int]] = []
+        slots: list[tuple[Lane, Sequence[Peer], int]] = []
         try:
             for lane, members in groups.items():
                 slots.append((lane, members, self._acquire(lane, members, timeout)))
-            later = [lane for lane, _, _ in slots if _can_be_promised(lane, tensors)]
+            promised = [lane for lane, _, _ in slots if lane.can_promise(tensors.values())]
             for lane, _, slot in slots:
-                if lane not in later:
-                    self._fill(lane, slot, layout, tensors)
+                if lane not in promised:
+                    lane.fill(slot, layout, tensors)
         except BaseException:
             for lane, _, slot in slots:
                 lane.pool.abandon(slot)
             raise
         for lane, members, slot in slots:
-            self._post(lane, slot, layout, members, extras, tensors if lane in later else None)
+            later = tensors if lane in promised else None
+            self._post(lane, slot, layout, members, extras, later)
 
-    def _by_lane(self, peers: Sequence[Peer]) -> Mapping[_Lane, Sequence[Peer]]:
-        groups: dict[_Lane, list[Peer]] = {}
+    def _by_lane(self, peers: Sequence[Peer]) -> Mapping[Lane, Sequence[Peer]]:
+        groups: dict[Lane, list[Peer]] = {}
         for peer in peers:
             groups.setdefault(self._live(peer), []).append(peer)
         return groups
@@ -422,12 +359,12 @@ class Push:
                 return False
         return True
 
-    def _live(self, peer: Peer) -> _Lane:
+    def _live(self, peer: Peer) -> Lane:
         if peer.lost is not None or peer._lane is None:
             raise PeerLost(f"{peer.endpoint} is gone: {peer.lost or 'it was never connected'}")
         return peer._lane
 
-    def _acquire(self, lane: _Lane, peers: Sequence[Peer], timeout: float | None) -> int:
+    def _acquire(self, lane: Lane, peers: Sequence[Peer], timeout: float | None) -> int:
         slot = lane.pool.acquire()
         if slot is None:
             for peer in peers:
@@ -440,22 +377,6 @@ class Push:
             if slot is None:
                 raise AssertionError("a free slot vanished within one thread")
         return slot
-
-    def _prepare(self, lane: _Lane, slot: int) -> None:
-        """Make sure that what is written to `slot` from here on disturbs nobody."""
-        if lane.device is not None:
-            lane.device.reuse(slot)
-        elif self._gpu and lane.pinned is None:
-            from .cuda import PinnedMemory  # noqa: PLC0415
-
-            lane.pinned = PinnedMemory(_host_slab(lane).memory)
-
-    def _fill(
-        self, lane: _Lane, slot: int, layout: wire.Layout, tensors: Mapping[str, Tensor]
-    ) -> None:
-        self._prepare(lane, slot)
-        for name, view in lane.views.own(slot, layout):
-            self._copy(view, tensors[name])
 
     def _descriptors(
         self,
@@ -489,14 +410,14 @@ class Push:
 
     def _post(
         self,
-        lane: _Lane,
+        lane: Lane,
         slot: int,
         layout: wire.Layout,
         peers: Sequence[Peer],
         extras: _Extras,
-        promised: Mapping[str, Tensor] | None = None,
+        later: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Hand on a slot that is filled, or that `promised` is copied to once it is announced."""
+        """Hand on a slot that is filled, or that `later` is copied to once it is announced."""
         sequence = self._sequence = self._sequence + 1
         try:
             frames = self._descriptors(peers, sequence, slot, layout, extras)
@@ -505,30 +426,27 @@ class Push:
             raise
         lane.sequences[slot] = sequence
         lane.pool.lease(slot, frames)
-        if self._gpu and lane.device is None:
+        if self._gpu and isinstance(lane, HostLane):
             self._after_gpu(lambda: self._announce(lane, slot, layout, frames))
             return
         self._announce(lane, slot, layout, frames)
-        if lane.device is not None:
-            # Not before: the consumer's stream waits for the word anyway, and to hand a copy and
-            # the word to the driver takes longer than all the rest.
-            if promised is not None:
-                self._fill(lane, slot, layout, promised)
-            lane.device.publish(slot, sequence, frames)
+        # Not before: on a GPU the consumer's stream waits for the word anyway, and to hand a copy
+        # and the word to the driver takes longer than all the rest.
+        if later is not None:
+            lane.fill(slot, layout, later)
+        lane.hand_over(slot, sequence, frames)
 
     def _announce(
-        self, lane: _Lane | None, slot: int, layout: wire.Layout, frames: dict[Peer, bytes]
+        self, lane: Lane | None, slot: int, layout: wire.Layout, frames: dict[Peer, bytes]
     ) -> None:
         """Send each peer its frame, the quickest way there is. No lane: there are no tensors."""
         for peer, frame in frames.items():
             if peer.lost is not None:
                 continue  # its leases came back when it was lost
             try:
-                if lane is not None and lane.inline:
-                    slab = _host_slab(lane)
-                    base = slab.base(slot)
+                if isinstance(lane, HostLane) and lane.carrier is Carrier.INLINE:
                     # The slot stays leased until the consumer has the bytes: no need to copy them.
-                    self._say(peer, [frame, slab.memory[base : base + layout.end]], copy=False)
+                    self._say(peer, [frame, lane.payload(slot, layout)], copy=False)
                 elif peer._line is None or not peer._line.outgoing.write(frame):
                     self._say(peer, [frame])
             except RingBroken as error:
@@ -539,7 +457,7 @@ class Push:
             statistics = peer.statistics
             statistics.messages += 1
             statistics.bytes += layout.nbytes
-            if lane.device is None:
+            if lane.carrier is not Carrier.CUDA_IPC:
                 statistics.host_bytes += layout.nbytes
         self._loop.stir()
 
@@ -648,8 +566,7 @@ class Push:
         lane = peer._lane
         if lane is not None:
             lane.pool.forget(peer)
-            if lane.device is not None:
-                lane.device.detach(peer)
+            lane.detach(peer)
         if not peer._socket.closed:
             peer._socket.setsockopt(zmq.LINGER, 0)  # what was not sent yet is for nobody
         self._drop(peer)
@@ -749,16 +666,5 @@ def _several(to: Sequence[Peer]) -> tuple[Peer, ...]:
     return peers
 
 
-def _can_be_promised(lane: _Lane, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether consumers may be told of these before they are copied to a slot of `lane`."""
-    return lane.device is not None and lane.device.surely_takes(tensors.values())
-
-
 def _listed(obstacles: Mapping[Carrier, str], among: Collection[Carrier] = tuple(Carrier)) -> str:
     return "; ".join(f"{each}: {reason}" for each, reason in obstacles.items() if each in among)
-
-
-def _host_slab(lane: _Lane) -> host.HostSlab | host.InlineSlab:
-    if not isinstance(lane.slab, (host.HostSlab, host.InlineSlab)):
-        raise TypeError("this lane's memory is not on the host")
-    return lane.slab

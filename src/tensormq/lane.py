@@ -1,0 +1,161 @@
+"""Lanes: the slots from which a Push end sends, with their books. All peers of a carrier share one.
+
+A slot is taken from `pool`, made ready, filled and handed on by one thread, and comes back to the
+pool when everybody has released it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import host, wire
+from .host import Tensor
+from .pool import SlotPool
+from .wire import Carrier
+
+if TYPE_CHECKING:
+    from .cuda import PinnedMemory
+
+
+class Lane:
+    """What lanes have in common."""
+
+    def __init__(self, carrier: Carrier, slots: int, nonce: int, views: host.Views) -> None:
+        self.carrier = carrier
+        self.nonce = nonce
+        self.views = views
+        self.pool = SlotPool(slots)
+        self.sequences = [0] * slots
+        """The message that was last sent from each slot."""
+        self.copy: Callable[[Any, Tensor], None] = host.copy
+
+    def offer(self) -> wire.Slab:
+        """What one more consumer needs to know of the memory. Raises NegotiationError."""
+        raise NotImplementedError
+
+    def attach(self, peer: object, offered: wire.Slab) -> None:
+        """`peer` has accepted what it was offered."""
+
+    def detach(self, peer: object) -> None:
+        """`peer` is gone."""
+
+    def make_ready(self, slot: int) -> None:
+        """Make sure that what is written to `slot` from here on disturbs nobody."""
+
+    def fill(self, slot: int, layout: wire.Layout, tensors: Mapping[str, Tensor]) -> None:
+        """Copy `tensors` to a slot; on a GPU the current stream does."""
+        self.make_ready(slot)
+        for name, view in self.views.own(slot, layout):
+            self.copy(view, tensors[name])
+
+    def can_promise(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether consumers may be told of these before they are copied here."""
+        return False
+
+    def hand_over(self, slot: int, sequence: int, holders: Iterable[object]) -> None:
+        """What was written to `slot` so far is the content of message `sequence` for `holders`."""
+
+    def close(self) -> None:
+        self.views.close()
+
+
+class HostLane(Lane):
+    """Slots in host memory, of carrier `shm` or `inline`.
+
+    device: where the tensors come from that are sent, as for a Push.
+    """
+
+    def __init__(self, carrier: Carrier, slots: int, slot_bytes: int, device: str | None) -> None:
+        nonce = secrets.randbits(63)
+        slab: host.HostSlab | host.InlineSlab
+        if carrier is Carrier.INLINE:
+            slab = host.InlineSlab(slots, slot_bytes)
+        else:
+            slab = host.HostSlab(nonce, slots, slot_bytes)
+        numpy = device is None
+        view = host.numpy_view if numpy else host.torch_view
+        views = host.Views(lambda slot, spec: view(slab.memory, spec, slab.base(slot)), numpy)
+        super().__init__(carrier, slots, nonce, views)
+        self._slab = slab
+        self._from_gpu = device is not None and device.startswith("cuda")
+        self._pinned: PinnedMemory | None = None
+        if self._from_gpu:
+            from .cuda import copy  # noqa: PLC0415 - loads torch and CUDA
+
+            self.copy = copy
+
+    def offer(self) -> wire.Slab:
+        return self._slab.offer()
+
+    def make_ready(self, slot: int) -> None:
+        if self._from_gpu and self._pinned is None:
+            from .cuda import PinnedMemory  # noqa: PLC0415
+
+            self._pinned = PinnedMemory(self._slab.memory)
+
+    def payload(self, slot: int, layout: wire.Layout) -> memoryview:
+        """The bytes of a slot, for a message that carries them itself."""
+        base = self._slab.base(slot)
+        return self._slab.memory[base : base + layout.end]
+
+    def close(self) -> None:
+        if self._pinned is not None:
+            self._pinned.close()
+        super().close()
+        self._slab.close()
+
+
+class DeviceLane(Lane):
+    """Slots in the memory of a GPU, of carrier `cuda_ipc`."""
+
+    def __init__(self, slots: int, slot_bytes: int, device: str) -> None:
+        from .cuda import DeviceSlab, copy  # noqa: PLC0415 - loads torch and CUDA
+
+        nonce = secrets.randbits(63)
+        slab = DeviceSlab(nonce, slots, slot_bytes, device)
+        super().__init__(Carrier.CUDA_IPC, slots, nonce, host.Views(slab.view, numpy=False))
+        self._slab = slab
+        self.copy = copy
+
+    def offer(self) -> wire.Slab:
+        return self._slab.offer()
+
+    def attach(self, peer: object, offered: wire.Slab) -> None:
+        if isinstance(offered, wire.DeviceSlab):
+            self._slab.attach(peer, offered.consumer)
+
+    def detach(self, peer: object) -> None:
+        self._slab.detach(peer)
+
+    def make_ready(self, slot: int) -> None:
+        self._slab.reuse(slot)
+
+    def can_promise(self, tensors: Iterable[Tensor]) -> bool:
+        return self._slab.surely_takes(tensors)
+
+    def hand_over(self, slot: int, sequence: int, holders: Iterable[object]) -> None:
+        self._slab.publish(slot, sequence, holders)
+
+    def close(self) -> None:
+        super().close()
+        self._slab.close()
+
+
+@dataclass(slots=True)
+class Filling:
+    """A slot to write into: `tensors` are views of it. Send it, or abandon it."""
+
+    tensors: dict[str, Any]
+    _layout: wire.Layout
+    _lane: Lane
+    _slot: int
+    _done: bool = False
+
+    def abandon(self) -> None:
+        """Give the slot back unsent; does nothing to a Filling that was sent."""
+        if not self._done:
+            self._done = True
+            self._lane.pool.abandon(self._slot)
