@@ -1,8 +1,7 @@
-"""Brings requests to the blocks and their answers back: asyncio on one side, TensorMQ on the other.
+"""Brings requests to the blocks and their answers back: admits them, keeps them until they are
+answered, and sends them again when a route breaks down under them. For one event loop.
 
-A thread owns the gateway's TensorMQ ends. A request crosses to it once with its tensors' bytes,
-which are written into slots that the first blocks read from. The answer's cross back from each
-block that gives some of them: the request is answered when all are there, or at the first failure.
+A request is answered when what each block gives of its outputs is there, or at the first failure.
 """
 
 from __future__ import annotations
@@ -10,18 +9,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
-
-import numpy as np
 
 from blockflow import oip
-from blockflow.counting import LATENCY_SECONDS, Buckets, Hops
+from blockflow.counting import LATENCY_SECONDS, Buckets
 from blockflow.errors import (
     BlockFailed,
     BlockFlowError,
@@ -33,22 +27,20 @@ from blockflow.errors import (
 from blockflow.gateway.admission import Admission, Ticket
 from blockflow.gateway.http import ModelStatus
 from blockflow.gateway.line import Line
+from blockflow.gateway.tensors import Outcome, Part, Stranded, TensorThread, Way
 from blockflow.protocol import (
     ChannelReport,
     Histogram,
-    Hop,
     Incarnation,
     Model,
     Note,
     PipelineCount,
     Route,
     RouteId,
-    Step,
-    decode_note,
     encode,
 )
 from blockflow.topology import BlockName, PipelineName
-from tensormq import Filling, Loop, Message, Peer, Pull, Push, Request, TensorMQError, slot_size
+from tensormq import Request
 
 log = logging.getLogger(__name__)
 
@@ -60,61 +52,12 @@ _DEATHS = 2
 _TIMED = encode(Note(hops=((),)))
 """What travels with a request of which the times are wanted."""
 
-_T = TypeVar("_T")
-
-
-class _Stranded(Exception):
-    """The route broke down under a request, which is not known to be at fault."""
-
-    def __init__(self, reason: str, *, suspected: bool = False) -> None:
-        super().__init__(reason)
-        self.suspected = suspected
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Outputs that came from one block, by the names that clients use, and times on the way there.
-
-    Without outputs, times that became known later.
-    """
-
-    outputs: Mapping[str, oip.TensorValue]
-    hops: tuple[Hop, ...] | None
-
-
-_Outcome: TypeAlias = _Part | BlockFlowError | _Stranded
-
-_FAILURES: Mapping[int, type[BlockFlowError]] = {
-    cls.status: cls for cls in (BlockFailed, DeadlineExceeded, Overloaded)
-}
-
-
-@dataclass
-class _Entry:
-    """A first block of one or more routes: a channel of its own, so that its queue is its own."""
-
-    push: Push
-    peer: Peer
-    admission: Admission
-
-
-@dataclass
-class _Way:
-    """`entries` are where a request goes first; `takes` says for each of them which inputs, by the
-    names that clients use. `max_rows` is the most rows of one request."""
-
-    route: Route
-    entries: tuple[_Entry, ...]
-    takes: tuple[tuple[str, ...], ...]
-    max_rows: int
-    under_way: dict[int, _Pending] = field(default_factory=dict)
-
 
 @dataclass(frozen=True)
 class _Place:
     """The leave to go a way, with a ticket for each of its entries."""
 
-    way: _Way
+    way: Way
     tickets: tuple[Ticket, ...]
 
     def give_back(self, *, answered: bool) -> None:
@@ -157,7 +100,7 @@ class _Pending:
         """The client left, or the request's time ran out."""
         return self.answer.cancelled()
 
-    def add(self, part: _Part) -> oip.InferResult | None:
+    def add(self, part: Part) -> oip.InferResult | None:
         """Take what one block gave, and give the answer if that was the last part of it."""
         self.outputs.update(part.outputs)
         for hop in part.hops or ():
@@ -199,7 +142,7 @@ class BlockDispatcher:
         self._asyncio = asyncio.get_running_loop()
         self._models: dict[str, ModelStatus] | None = None
         self._routes: dict[str, RouteId] = {}
-        self._ways: dict[RouteId, _Way] = {}
+        self._ways: dict[RouteId, Way] = {}
         self._pending: dict[int, _Pending] = {}
         # Unique over gateways, because a ledger may name requests of one that is gone.
         self._ids = itertools.count((incarnation << 40) + 1)
@@ -207,7 +150,7 @@ class BlockDispatcher:
         self._lines: dict[str, Line[_Turn]] = {}
         self._counts: dict[PipelineName, _Counts] = defaultdict(_Counts)
         self._settled = asyncio.Event()
-        self._tensors = _TensorThread(
+        self._tensors = TensorThread(
             results, queue_depth, lambda: Admission(queue_depth, slowdown), self._settle
         )
 
@@ -272,7 +215,7 @@ class BlockDispatcher:
             place = await self._enter(model.name, request.rows, deadline, broken)
             try:
                 return await self._attempt(place, model, request, start, deadline)
-            except _Stranded as stranded:
+            except Stranded as stranded:
                 broken = place.way.route.id
                 deaths += stranded.suspected
                 if deaths >= _DEATHS:
@@ -343,7 +286,7 @@ class BlockDispatcher:
         if not line:
             del self._lines[model]
 
-    def _admit(self, way: _Way, rows: int, now: float, left: float) -> _Place:
+    def _admit(self, way: Way, rows: int, now: float, left: float) -> _Place:
         """Raises Overloaded when an answer is wanted within `left` seconds and there is no hope."""
         tickets: list[Ticket] = []
         try:
@@ -355,7 +298,7 @@ class BlockDispatcher:
             raise
         return _Place(way, tuple(tickets))
 
-    def _readmit(self, way: _Way, rows: int, now: float, teaches: bool) -> _Place:
+    def _readmit(self, way: Way, rows: int, now: float, teaches: bool) -> _Place:
         pipeline = way.route.pipeline
         readmit = (each.admission.readmit(pipeline, rows, now, teaches) for each in way.entries)
         return _Place(way, tuple(readmit))
@@ -385,7 +328,7 @@ class BlockDispatcher:
         number = next(self._ids)
         began = start if request.timing else None
         pending = _Pending(place, self._asyncio.create_future(), began)
-        self._pending[number] = place.way.under_way[number] = pending
+        self._pending[number] = pending
         envelope = Request(number, request.rows, deadline)
         self._tensors.submit(
             place.way,
@@ -415,7 +358,7 @@ class BlockDispatcher:
         for route in routes:
             way = self._ways.pop(route, None)
             if way is not None:
-                for number in tuple(way.under_way):
+                for number in self._under_way((route,)):
                     self._settle(number, Unavailable("its route was retired"))
                 used = {id(entry) for other in self._ways.values() for entry in other.entries}
                 unused = tuple(entry for entry in way.entries if id(entry) not in used)
@@ -449,16 +392,16 @@ class BlockDispatcher:
 
     async def drain(self, routes: Iterable[RouteId], seconds: float) -> None:
         """Wait until nothing is under way on these routes; end what is after `seconds`."""
-        ways = [self._ways[route] for route in routes if route in self._ways]
+        ids = frozenset(routes)
         end = self._asyncio.time() + seconds
         # What nobody waits for any more is no reason to wait.
-        while any(not each.given_up for way in ways for each in way.under_way.values()):
+        while any(not self._pending[number].given_up for number in self._under_way(ids)):
             self._settled.clear()
             try:
                 async with asyncio.timeout_at(end):
                     await self._settled.wait()
             except TimeoutError:
-                left = [number for way in ways for number in way.under_way]
+                left = self._under_way(ids)
                 log.warning("%d requests are ended after %g s of draining", len(left), seconds)
                 late = Unavailable(
                     f"the request was still under way {seconds:g} s after its pipeline was updated "
@@ -470,10 +413,16 @@ class BlockDispatcher:
 
     def abort(self, routes: Iterable[RouteId], reason: str, suspects: Collection[int] = ()) -> None:
         """Give up what is under way on these routes; a worker died, perhaps of a suspect."""
-        for route in routes:
-            if (way := self._ways.get(route)) is not None:
-                for number in tuple(way.under_way):
-                    self._settle(number, _Stranded(reason, suspected=number in suspects))
+        for number in self._under_way(frozenset(routes)):
+            self._settle(number, Stranded(reason, suspected=number in suspects))
+
+    def _under_way(self, routes: Collection[RouteId]) -> list[int]:
+        """The requests in the blocks on these routes."""
+        return [
+            number
+            for number, pending in self._pending.items()
+            if pending.place.way.route.id in routes
+        ]
 
     def counts(self) -> dict[PipelineName, PipelineCount]:
         return {
@@ -496,15 +445,15 @@ class BlockDispatcher:
 
     # What comes back
 
-    def _settle(self, number: int, outcome: _Outcome) -> None:
+    def _settle(self, number: int, outcome: Outcome) -> None:
         """The blocks are done with a request, or with a part of it: answer who still waits."""
         pending = self._pending.get(number)
         if pending is None:
             return
-        answer = pending.add(outcome) if isinstance(outcome, _Part) else outcome
+        answer = pending.add(outcome) if isinstance(outcome, Part) else outcome
         if answer is None:
             return
-        del self._pending[number], pending.place.way.under_way[number]
+        del self._pending[number]
         answered = isinstance(answer, oip.InferResult)
         if not pending.given_up:
             if isinstance(answer, oip.InferResult):
@@ -513,233 +462,3 @@ class BlockDispatcher:
                 pending.answer.set_exception(answer)
         self._settled.set()
         self._give_back(pending.place, answered=answered)
-
-
-@dataclass(frozen=True)
-class _Outgoing:
-    """What is to be sent as soon as there are slots for it, if it is still `wanted`."""
-
-    way: _Way
-    inputs: Mapping[str, oip.TensorValue]
-    request: Request
-    note: bytes
-    wanted: Callable[[], bool]
-
-    @property
-    def fits(self) -> bool:
-        """Whether all slots are free, or it will be found that a channel is lost."""
-        return all(entry.push.has_room(entry.peer) for entry in self.way.entries)
-
-
-class _TensorThread:
-    """The thread that owns the gateway's Push and Pull ends.
-
-    admission: makes the gate before a first block. settle: called in the event loop with a
-    request's id and a part of its answer, or its failure.
-    """
-
-    def __init__(
-        self,
-        results: str,
-        depth: int,
-        admission: Callable[[], Admission],
-        settle: Callable[[int, _Outcome], None],
-    ) -> None:
-        self._depth = depth
-        self._admission = admission
-        self._settle = settle
-        self._asyncio = asyncio.get_running_loop()
-        self._loop = Loop()
-        self._pull = Pull(results, loop=self._loop)
-        self._entries: dict[str, _Entry] = {}
-        self._routes: dict[RouteId, Route] = {}
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._outgoing: deque[_Outgoing] = deque()
-        self._stopping = False
-        self.hops = Hops()
-        self._thread = threading.Thread(target=self._run, name="gateway tensors")
-        self._thread.start()
-
-    # Called from the event loop
-
-    def submit(
-        self,
-        way: _Way,
-        inputs: Iterable[oip.TensorValue],
-        request: Request,
-        note: bytes,
-        wanted: Callable[[], bool],
-    ) -> None:
-        """Write `inputs` into slots of the first blocks' channels and send them."""
-        outgoing = _Outgoing(way, {tensor.name: tensor for tensor in inputs}, request, note, wanted)
-        self._loop.call_soon(lambda: self._outgoing.append(outgoing))
-
-    def open(self, route: Route) -> Future[_Way]:
-        """Open the channels to a route's first blocks, or find those that are open."""
-        return self._perform(lambda: self._open(route))
-
-    def retire(self, route: Route, unused: Collection[_Entry]) -> Future[None]:
-        """Forget a route and close the channels that no other needs."""
-        return self._perform(lambda: self._retire(route, unused))
-
-    def channels(self) -> tuple[ChannelReport, ...]:
-        return tuple(
-            ChannelReport(s.endpoint, str(s.carrier), s.messages, s.bytes, s.host_bytes)
-            for entry in tuple(self._entries.values())
-            for s in entry.push.statistics()
-        )
-
-    def close(self) -> None:
-        def stop() -> None:
-            self._stopping = True
-
-        self._loop.call_soon(stop)
-        self._thread.join()
-
-    def _perform(self, job: Callable[[], _T]) -> Future[_T]:
-        future: Future[_T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(job())
-            except TensorMQError as error:
-                future.set_exception(error)
-
-        # Not in the callback itself: a job may wait for a peer, and a callback must not.
-        self._loop.call_soon(lambda: self._jobs.append(run))
-        return future
-
-    # The thread
-
-    def _run(self) -> None:
-        while not self._stopping:
-            self._loop.run_once()
-            while self._jobs:
-                self._jobs.popleft()()
-            self._send_what_fits()
-            while (message := self._pull.poll()) is not None:
-                with message:
-                    self._deliver(message)
-        for entry in self._entries.values():
-            entry.push.close()
-        self._pull.close()
-        self._loop.close()
-
-    def _open(self, route: Route) -> _Way:
-        self._routes[route.id] = route
-        first = [step for step in route.steps if None in step.sources]
-        return _Way(
-            route,
-            entries=tuple(map(self._entry, first)),
-            # Once each, though one tensor may feed two ports of a block.
-            takes=tuple(
-                tuple(dict.fromkeys(s.port for s in step.feeds.values() if s.block is None))
-                for step in first
-            ),
-            max_rows=min(step.max_batch for step in route.steps),
-        )
-
-    def _entry(self, step: Step) -> _Entry:
-        entry = self._entries.get(step.endpoint)
-        if entry is None:
-            # Room for all of its inputs, though on some routes other blocks feed it as well.
-            size = slot_size(
-                {port.name: (port.dtype, port.sized(step.max_batch)) for port in step.takes}
-            )
-            push = Push(slots=self._depth, slot_bytes=size, loop=self._loop)
-            try:
-                entry = _Entry(push, push.connect(step.endpoint), self._admission())
-            except BaseException:
-                push.close()
-                raise
-            self._entries[step.endpoint] = entry
-        return entry
-
-    def _retire(self, route: Route, unused: Collection[_Entry]) -> None:
-        self._routes.pop(route.id, None)
-        for entry in unused:
-            del self._entries[entry.peer.endpoint]
-            entry.push.close()
-
-    def _send_what_fits(self) -> None:
-        # Slots may be taken although fewer requests are under way than there are slots: an answer
-        # can overtake the release of its input, and what a broken route held is released late.
-        for _ in range(len(self._outgoing)):
-            outgoing = self._outgoing.popleft()
-            number = outgoing.request.id
-            if not outgoing.wanted():
-                self._answer(number, Unavailable("nobody waits for it any more"))
-            elif not outgoing.fits:
-                self._outgoing.append(outgoing)
-            else:
-                try:
-                    self._send(outgoing)
-                except TensorMQError as error:
-                    reason = f"the first block cannot be reached: {error}"
-                    self._answer(number, _Stranded(reason))
-
-    def _send(self, outgoing: _Outgoing) -> None:
-        """Send all that is needed or nothing. Raises TensorMQError."""
-        way, inputs = outgoing.way, outgoing.inputs
-        fillings: list[Filling] = []
-        try:
-            for entry, names in zip(way.entries, way.takes, strict=True):
-                filling = entry.push.allocate(
-                    {name: (inputs[name].dtype, inputs[name].shape) for name in names},
-                    to=entry.peer,
-                    timeout=0,
-                )
-                fillings.append(filling)
-                for name in names:
-                    raw: np.ndarray[Any, Any] = filling.tensors[name].reshape(-1).view(np.uint8)
-                    raw[:] = np.frombuffer(inputs[name].data, np.uint8)
-            for entry, filling in zip(way.entries, fillings, strict=True):
-                entry.push.send(
-                    filling,
-                    to=entry.peer,
-                    requests=(outgoing.request,),
-                    route=way.route.id,
-                    note=outgoing.note,
-                )
-        finally:
-            for filling in fillings:
-                filling.abandon()
-
-    def _deliver(self, message: Message) -> None:
-        note = decode_note(message.note)
-        if note.error is not None:
-            failure: BlockFlowError | _Stranded
-            if note.status == Unavailable.status:
-                failure = _Stranded(note.error)
-            else:
-                failure = _FAILURES.get(note.status, BlockFailed)(note.error)
-            for request in message.requests:
-                self._answer(request.id, failure)
-            return
-        if message.hop is not None:
-            self.hops.add(str(message.carrier), message.hop)
-        route = self._routes.get(RouteId(message.route))
-        if route is None:
-            return  # it was retired: nobody waits for this any more
-        # A message without tensors tells of times only.
-        given = [
-            (port, source.port)
-            for port in route.outputs
-            if message.tensors and (source := route.gives[port.name]).block == note.block
-        ]
-        start = 0
-        every = note.hops or (None,) * len(message.requests)
-        for request, hops in zip(message.requests, every, strict=True):
-            rows = slice(start, start + request.rows)
-            start += request.rows
-            outputs = {}
-            for port, theirs in given:
-                array = message.tensors[theirs]
-                mine = array[rows] if len(message.requests) > 1 else array
-                # Copied, for the slot goes back to the block now and a client may be slow.
-                data = memoryview(mine.tobytes())
-                outputs[port.name] = oip.TensorValue(port.name, port.dtype, mine.shape, data)
-            self._answer(request.id, _Part(outputs, hops))
-
-    def _answer(self, number: int, outcome: _Outcome) -> None:
-        self._asyncio.call_soon_threadsafe(self._settle, number, outcome)
