@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import struct
 import time
 import zlib
 from collections.abc import Collection
 from pathlib import Path
+
+import numpy as np
 
 _PLACES = mmap.PAGESIZE // 8
 _FORGOTTEN = 5.0
@@ -69,23 +70,25 @@ class Cores:
             self._page = mmap.mmap(fd, _PLACES * 8)
         finally:
             os.close(fd)
+        # Since when each block computes, by the monotonic clock; 0 where there is none.
+        self._begun = np.frombuffer(self._page, np.float64)
         # Two blocks in one place are counted as one, which costs some time and breaks nothing.
-        self._offset = zlib.crc32(block.encode()) % _PLACES * 8
+        self._place = zlib.crc32(block.encode()) % _PLACES
 
     def take(self) -> int:
         """Begin to compute: how many threads to do it with."""
         now = time.monotonic()
-        struct.pack_into("<d", self._page, self._offset, now)
+        self._begun[self._place] = now
         if self._alone:
             return self._most
-        begun = struct.unpack_from(f"<{_PLACES}d", self._page)
-        busy: int = sum(now - since < _FORGOTTEN for since in begun if since)
+        busy = int(np.count_nonzero(self._begun > max(0.0, now - _FORGOTTEN)))
         return max(1, min(self._most, self._cores // max(1, busy)))
 
     def give_back(self) -> None:
         """The computation is over."""
-        struct.pack_into("<d", self._page, self._offset, 0.0)
+        self._begun[self._place] = 0.0
 
     def close(self) -> None:
         self.give_back()
+        self._begun = np.empty(0)  # a view of it would keep the page open
         self._page.close()
