@@ -21,6 +21,8 @@ _NOT_READY_WHEN_SILENT = 2.5
 
 @dataclass(eq=False)
 class Worker:
+    """A worker that should serve, and the process that does, if there is one now."""
+
     spec: WorkerSpec
     state: BlockState = BlockState.STARTING
     reason: str | None = None
