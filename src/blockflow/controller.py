@@ -22,6 +22,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,13 +249,8 @@ class Controller:
             )
             if terms.dry_run:
                 return result
-            new = Deployed(
-                before.generation,
-                before.topology,
-                before.manifests,
-                {other: worker for other, worker in before.workers.items() if worker is not old},
-                before.roads,
-            )
+            others = {name: each for name, each in before.workers.items() if each is not old}
+            new = replace(before, workers=others)
             affected = [
                 pipeline
                 for pipeline in map(PipelineName, before.topology.pipelines)
@@ -478,13 +474,8 @@ class Controller:
             late = timeout_s is not None and all(isinstance(each, NotInTime) for each in failures)
             error = NotInTime if late else StartFailed
             raise error("; ".join(str(failure) for failure in failures))
-        target = Deployed(
-            target.generation,
-            target.topology,
-            target.manifests,
-            {**target.workers, **{worker.spec.name: worker for worker in workers}},
-            target.roads,
-        )
+        started = {worker.spec.name: worker for worker in workers}
+        target = replace(target, workers={**target.workers, **started})
         wanted = target.topology.pipelines if pipelines is None else pipelines
         try:
             target = await self._with_roads(target, wanted)
@@ -675,13 +666,7 @@ class Controller:
         except StartFailed:
             await self._forget(roads.values())
             raise
-        return Deployed(
-            deployed.generation,
-            deployed.topology,
-            deployed.manifests,
-            deployed.workers,
-            {**deployed.roads, **roads},
-        )
+        return replace(deployed, roads={**deployed.roads, **roads})
 
     def _plan_road(self, deployed: Deployed, name: PipelineName) -> Road | None:
         wired = reconcile.wiring_of(deployed.topology, deployed.manifests, name)
@@ -957,13 +942,8 @@ class Controller:
         affected += [
             name for name in map(PipelineName, now.topology.pipelines) if name not in now.roads
         ]
-        new = Deployed(
-            now.generation,
-            now.topology,
-            now.manifests,
-            {**now.workers, **{successor.spec.name: successor for _, successor in pairs}},
-            now.roads,
-        )
+        successors = {successor.spec.name: successor for _, successor in pairs}
+        new = replace(now, workers={**now.workers, **successors})
         self._deployed = await self._with_roads(new, affected)
         await self._publish()
         old = [road for name, road in now.roads.items() if self._deployed.roads[name] is not road]

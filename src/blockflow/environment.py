@@ -4,6 +4,7 @@ else runs. What the environment says already is left so."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 _WAITING = {
     # The threads of a parallel region spin so often for the next one (some ten µs) and then sleep:
@@ -34,7 +35,7 @@ _QUEUES = {
 
 def serving() -> dict[str, str]:
     """How OpenMP's threads of a process wait for each other, and that it keeps its memory."""
-    return {name: os.environ.get(name, value) for name, value in (_WAITING | _KEEPING).items()}
+    return _unless_set(_WAITING | _KEEPING)
 
 
 def without_mps() -> dict[str, str]:
@@ -42,4 +43,8 @@ def without_mps() -> dict[str, str]:
 
     All processes that do share one pool of queues, and the first would leave none for the others.
     """
-    return {name: os.environ.get(name, value) for name, value in _QUEUES.items()}
+    return _unless_set(_QUEUES)
+
+
+def _unless_set(wanted: Mapping[str, str]) -> dict[str, str]:
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
