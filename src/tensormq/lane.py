@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import host, wire
 from .host import Tensor
@@ -20,21 +20,32 @@ if TYPE_CHECKING:
     from .cuda import PinnedMemory
 
 
-class Lane:
-    """What lanes have in common."""
+class _Slab(Protocol):
+    def offer(self) -> wire.Slab: ...
 
-    def __init__(self, carrier: Carrier, slots: int, nonce: int, views: host.Views) -> None:
+    def close(self) -> None: ...
+
+
+class Lane:
+    """What lanes have in common. `memory` is the slab, which is closed with the lane."""
+
+    def __init__(
+        self, carrier: Carrier, slots: int, nonce: int, memory: _Slab, views: host.Views
+    ) -> None:
         self.carrier = carrier
         self.nonce = nonce
+        self._memory = memory
         self.views = views
         self.pool = SlotPool(slots)
         self.sequences = [0] * slots
         """The message that was last sent from each slot."""
+        self.awaits_gpu = False
+        """Whether a GPU copies to its slots, of which nobody may hear before it has."""
         self.copy: Callable[[Any, Tensor], None] = host.copy
 
     def offer(self) -> wire.Slab:
         """What one more consumer needs to know of the memory. Raises NegotiationError."""
-        raise NotImplementedError
+        return self._memory.offer()
 
     def attach(self, peer: object, offered: wire.Slab) -> None:
         """`peer` has accepted what it was offered."""
@@ -60,6 +71,7 @@ class Lane:
 
     def close(self) -> None:
         self.views.close()
+        self._memory.close()
 
 
 class HostLane(Lane):
@@ -78,20 +90,17 @@ class HostLane(Lane):
         numpy = device is None
         view = host.numpy_view if numpy else host.torch_view
         views = host.Views(lambda slot, spec: view(slab.memory, spec, slab.base(slot)), numpy)
-        super().__init__(carrier, slots, nonce, views)
+        super().__init__(carrier, slots, nonce, slab, views)
         self._slab = slab
-        self._from_gpu = device is not None and device.startswith("cuda")
         self._pinned: PinnedMemory | None = None
-        if self._from_gpu:
+        if device is not None and device.startswith("cuda"):
             from .cuda import copy  # noqa: PLC0415 - loads torch and CUDA
 
             self.copy = copy
-
-    def offer(self) -> wire.Slab:
-        return self._slab.offer()
+            self.awaits_gpu = True
 
     def make_ready(self, slot: int) -> None:
-        if self._from_gpu and self._pinned is None:
+        if self.awaits_gpu and self._pinned is None:
             from .cuda import PinnedMemory  # noqa: PLC0415
 
             self._pinned = PinnedMemory(self._slab.memory)
@@ -105,7 +114,6 @@ class HostLane(Lane):
         if self._pinned is not None:
             self._pinned.close()
         super().close()
-        self._slab.close()
 
 
 class DeviceLane(Lane):
@@ -116,12 +124,10 @@ class DeviceLane(Lane):
 
         nonce = secrets.randbits(63)
         slab = DeviceSlab(nonce, slots, slot_bytes, device)
-        super().__init__(Carrier.CUDA_IPC, slots, nonce, host.Views(slab.view, numpy=False))
+        views = host.Views(slab.view, numpy=False)
+        super().__init__(Carrier.CUDA_IPC, slots, nonce, slab, views)
         self._slab = slab
         self.copy = copy
-
-    def offer(self) -> wire.Slab:
-        return self._slab.offer()
 
     def attach(self, peer: object, offered: wire.Slab) -> None:
         if isinstance(offered, wire.DeviceSlab):
@@ -138,10 +144,6 @@ class DeviceLane(Lane):
 
     def hand_over(self, slot: int, sequence: int, holders: Iterable[object]) -> None:
         self._slab.publish(slot, sequence, holders)
-
-    def close(self) -> None:
-        super().close()
-        self._slab.close()
 
 
 @dataclass(slots=True)

@@ -104,7 +104,6 @@ class Push:
         self._completions: Completions | None = None
         self.rejected = 0
         self.on_lost: Callable[[Peer], None] | None = None
-        self._gpu = device is not None and device.startswith("cuda")
         self._abilities = host.abilities(device, carriers)
 
     # Connecting
@@ -426,7 +425,7 @@ class Push:
             raise
         lane.sequences[slot] = sequence
         lane.pool.lease(slot, frames)
-        if self._gpu and isinstance(lane, HostLane):
+        if lane.awaits_gpu:
             self._after_gpu(lambda: self._announce(lane, slot, layout, frames))
             return
         self._announce(lane, slot, layout, frames)
