@@ -277,10 +277,12 @@ def test_what_is_lent_is_read_before_it_is_overwritten(lag: float) -> None:
 
 def test_nothing_is_kept_of_what_preparing_took() -> None:
     wide = Port("x", "float32", ("batch", 1 << 22))
-    prepare(on_gpu(lambda x: (x + 1) * 2, wide, output=Port("y", "float32", wide.shape)), 4)
+    program = on_gpu(lambda x: (x + 1) * 2, wide, output=Port("y", "float32", wide.shape))
+    runner = prepare(program, 4)
     kept = torch.cuda.memory_reserved(DEVICE)
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved(DEVICE) == kept
+    assert isinstance(runner, GraphRunner)  # whose own memory was not given back meanwhile
 
 
 def test_what_is_recalled_unread_moves_and_what_is_read_stays() -> None:
