@@ -9,9 +9,9 @@ meant for it; anything else ends the run with a traceback. Says how many there w
 restarts: a producer that floods this process' Pull end and a consumer that holds what this process'
 Push end sends are killed and started again, by turns, at random moments of their work. Says what
 this process holds after a tenth of them and at the end: file descriptors, threads, slabs and rings
-(memfds), entries of /dev/shm, resident memory, memory of the GPU. Ends with status 1 when one of
-the first three has grown, and with a traceback when a message was torn, a slot lost or a death not
-noticed.
+(memfds), memory of the GPU, entries of /dev/shm, resident memory, and what of the GPU's memory is
+taken by whomever. Ends with status 1 when one of the first four has grown, and with a traceback
+when a message was torn, a slot lost or a death not noticed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import logging
 import multiprocessing as mp
+import os
 import random
 import shutil
 import signal
@@ -35,11 +36,14 @@ import measured
 import psutil
 import torch
 
+from blockflow.devices import process_memory
 from tensormq import Loop, Peer, ProtocolError, Pull, Push, Request, RingBroken, Timeout, wire
 from tensormq.process import this_process
 from tensormq.ring import HEADER_BYTES, Reader, Writer
 
 _CAPACITY = 4096
+_OWN = "descriptors", "threads", "memfds", "GPU MiB of this process"
+"""What nobody else holds, and must not grow. Other programs use shared memory and the GPU too."""
 
 
 def fuzz(count: int, seed: int) -> dict[str, Any]:
@@ -207,8 +211,7 @@ def restarts(count: int, device: str, seconds: float) -> dict[str, Any]:
         "after a tenth": early,
         "at the end": late,
         "growth": growth,
-        # Not shared memory as a whole: other programs of this machine use it too.
-        "grown": [name for name in ("descriptors", "threads", "memfds") if growth[name] > 0],
+        "grown": [name for name in _OWN if growth.get(name, 0) > 0],
     }
 
 
@@ -247,6 +250,9 @@ def _held(device: str) -> dict[str, float]:
     if device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(device)
         found["GPU MiB"] = round((total - free) / 2**20, 1)
+        own = process_memory(os.getpid()).device_bytes.get(device)
+        if own is not None:  # the driver tells it of processes that it sees by this number
+            found["GPU MiB of this process"] = round(own / 2**20, 1)
     return found
 
 
