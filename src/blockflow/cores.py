@@ -19,6 +19,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 _PLACES = mmap.PAGESIZE // 8
 _FORGOTTEN = 5.0
@@ -71,7 +72,7 @@ class Cores:
         finally:
             os.close(fd)
         # Since when each block computes, by the monotonic clock; 0 where there is none.
-        self._begun = np.frombuffer(self._page, np.float64)
+        self._begun: npt.NDArray[np.float64] = np.frombuffer(self._page, np.float64)
         # Two blocks in one place are counted as one, which costs some time and breaks nothing.
         self._place = zlib.crc32(block.encode()) % _PLACES
 

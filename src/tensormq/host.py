@@ -196,7 +196,8 @@ def as_torch(tensor: Tensor) -> torch.Tensor:
         return tensor
     import torch  # noqa: PLC0415
 
-    return torch.from_numpy(np.ascontiguousarray(tensor))
+    # Of an array without dimensions NumPy makes one with one.
+    return torch.from_numpy(np.ascontiguousarray(tensor).reshape(tensor.shape))
 
 
 class InlineSlab:

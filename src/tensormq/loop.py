@@ -149,6 +149,10 @@ class Loop:
     def call_soon(self, callback: Callback) -> None:
         """Run `callback` in the loop's thread; may be called from any thread."""
         self._calls.append(callback)
+        self._ring()
+
+    def _ring(self) -> None:
+        """Have the loop look at what it is to call."""
         with self._closing:  # the descriptor's number may belong to somebody else after close
             if not self._closed:
                 ring_bell(self._bell)
@@ -282,9 +286,13 @@ class Loop:
             os.read(self._wake, 4096)
         # Only what was there: a callback that queues another must not starve the sockets. And one
         # that runs the loop itself may have taken some of these already.
-        for _ in range(len(self._calls)):
-            if self._calls:
-                self._calls.popleft()()
+        try:
+            for _ in range(len(self._calls)):
+                if self._calls:
+                    self._calls.popleft()()
+        finally:
+            if self._calls:  # queued meanwhile, or behind one that raised
+                self._ring()
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -30,12 +31,17 @@ def this_process() -> Process:
 def open_pidfd(process: Process) -> int | None:
     """A file descriptor that becomes readable when `process` ends; None when it already has.
 
-    Only for a process of this host. The caller closes the descriptor.
+    Only for a process of this host. The caller closes the descriptor. Raises OSError when this
+    process may have no more descriptors.
     """
     try:
         fd = os.pidfd_open(process.pid)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return None
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # no number of a process
+            return None
+        raise
     # The pid may have been given to somebody else before the descriptor pinned it.
     try:
         if _started(process.pid) == process.started:

@@ -297,6 +297,7 @@ class Pull:
         tcp.require(endpoint, keys, allowed_keys, insecure)
         self._device = device
         self._gpu = device is not None and device.startswith("cuda")
+        self._abilities = host.abilities(device, carriers)
         self._loop = loop or Loop()
         self._owns_loop = loop is None
         self._rings = doorbell is Doorbell.RING and ring.supported()
@@ -307,21 +308,28 @@ class Pull:
         self.rejected = 0
         self.torn = 0
         self.on_torn: Callable[[], None] | None = None
-        self._abilities = host.abilities(device, carriers)
         self._max_slot_bytes = max_slot_bytes
-        largest = max(wire.MAX_FRAME, max_slot_bytes)
-        self._listener: IpcListener | TcpListener
-        if tcp.is_tcp(endpoint):
-            self._abilities = self._abilities.over_tcp()
-            self._listener = TcpListener(
-                self._loop, endpoint, largest, keys, allowed_keys,
-                on_end=self._hear_of_end, on_failure=self._refuse,
-            )  # fmt: skip
-        else:
-            self._listener = IpcListener(self._loop, endpoint, largest)
+        try:
+            self._listener = self._listen(endpoint, keys, allowed_keys)
+        except BaseException:
+            if self._owns_loop:
+                self._loop.close()
+            raise
         self.endpoint = self._listener.endpoint
         self._socket = self._listener.socket
         self._loop.watch(self._socket, self._receive)
+
+    def _listen(
+        self, endpoint: str, keys: Keys | None, allowed_keys: Collection[str]
+    ) -> IpcListener | TcpListener:
+        largest = max(wire.MAX_FRAME, self._max_slot_bytes)
+        if not tcp.is_tcp(endpoint):
+            return IpcListener(self._loop, endpoint, largest)
+        self._abilities = self._abilities.over_tcp()
+        return TcpListener(
+            self._loop, endpoint, largest, keys, allowed_keys,
+            on_end=self._hear_of_end, on_failure=self._refuse,
+        )  # fmt: skip
 
     # Receiving
 
@@ -460,7 +468,10 @@ class Pull:
                 return  # it ended while its Hello was under way
         channel = _Channel(self, sender.bytes, hello, connection)
         if connection is None and hello.abilities.process.host == self._abilities.process.host:
-            channel.pidfd = open_pidfd(hello.abilities.process)
+            try:
+                channel.pidfd = open_pidfd(hello.abilities.process)
+            except OSError as error:
+                raise ProtocolError(f"its process cannot be watched: {error}") from None
             if channel.pidfd is None:
                 return  # it died while its Hello was under way
             self._loop.watch(channel.pidfd, lambda: self._lose(channel))

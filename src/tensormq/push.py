@@ -93,18 +93,20 @@ class Push:
         self._slots = slots
         self._slot_bytes = -(-slot_bytes // wire.ALIGNMENT) * wire.ALIGNMENT
         self._device = device
+        self._abilities = host.abilities(device, carriers)
         self._loop = loop or Loop()
         self._owns_loop = loop is None
         self._rings = doorbell is Doorbell.RING and ring.supported()
         self._lanes: dict[Carrier, Lane] = {}
         self._layouts: dict[object, wire.Layout] = {}
         self._peers: list[Peer] = []
+        # Left while they may still have been reading.
+        self._severed: list[Peer] = []
         self._sequence = 0
         self._deferred = 0
         self._completions: Completions | None = None
         self.rejected = 0
         self.on_lost: Callable[[Peer], None] | None = None
-        self._abilities = host.abilities(device, carriers)
 
     # Connecting
 
@@ -151,7 +153,14 @@ class Push:
                 socket.connect(endpoint)
             except zmq.ZMQError as error:
                 raise EndpointError(f"{endpoint!r} is no endpoint: {error}") from None
-            self._handshake(peer, end, carriers)
+            try:
+                self._handshake(peer, end, carriers)
+            except BaseException:
+                if peer.lost is None:
+                    # The other end would keep what it has for this channel as long as this
+                    # process lives.
+                    self._say(peer, [wire.encode(wire.Bye(peer.epoch))])
+                raise
         except BaseException:
             self._drop(peer)
             raise
@@ -259,9 +268,16 @@ class Push:
         layout = self._layouts.get(key)
         if layout is None:
             layout = self._learn(key, tensors)
-        slot = self._acquire(lane, peers, timeout)
-        lane.make_ready(slot)
-        return Filling(lane.views.lend(slot, layout), layout, lane, slot)
+        end = None if timeout is None else time.monotonic() + timeout
+        slot = self._acquire(lane, peers, end)
+        if slot is None:
+            raise _gone(peers)
+        try:
+            lane.make_ready(slot)
+            return Filling(lane.views.lend(slot, layout), layout, lane, slot)
+        except BaseException:
+            lane.pool.abandon(slot)
+            raise
 
     def send(
         self,
@@ -277,8 +293,9 @@ class Push:
 
         A tensor is copied once into its slot (on a GPU by the current stream, without waiting);
         a Filling is not copied at all. A message without tensors takes no slot. Waits up to
-        `timeout` seconds (None: for ever) for a free slot. Raises TensorTooLarge before anything
-        is sent, PeerLost, Timeout.
+        `timeout` seconds (None: for ever) for a free slot. Raises TensorTooLarge, PeerLost and
+        Timeout before anything is sent. Peers that are lost while it waits are left out, unless
+        all are.
         """
         peers = (to,) if isinstance(to, Peer) else _several(to)
         extras = tuple(requests), route, note
@@ -290,7 +307,7 @@ class Push:
                 if self._live(peer) is not lane:
                     raise ValueError("a Filling goes only to peers that it was allocated for")
             tensors._done = True
-            self._post(lane, tensors._slot, tensors._layout, peers, extras)
+            self._send_slots([(lane, peers, tensors._slot)], tensors._layout, extras)
             lane.views.restock(tensors._slot, tensors._layout)
             return
         if not tensors:
@@ -304,21 +321,51 @@ class Push:
         if layout is None:
             layout = self._learn(key, {n: host.describe(t) for n, t in tensors.items()})
         groups = {self._live(peers[0]): peers} if len(peers) == 1 else self._by_lane(peers)
-        slots: list[tuple[Lane, Sequence[Peer], int]] = []
+        end = None if timeout is None else time.monotonic() + timeout
+        taken: list[_Taken] = []
         try:
             for lane, members in groups.items():
-                slots.append((lane, members, self._acquire(lane, members, timeout)))
-            promised = [lane for lane, _, _ in slots if lane.can_promise(tensors.values())]
-            for lane, _, slot in slots:
-                if lane not in promised:
-                    lane.fill(slot, layout, tensors)
+                slot = self._acquire(lane, members, end)
+                if slot is not None:
+                    taken.append((lane, members, slot))
         except BaseException:
-            for lane, _, slot in slots:
-                lane.pool.abandon(slot)
+            _abandon(taken)
             raise
-        for lane, members, slot in slots:
-            later = tensors if lane in promised else None
-            self._post(lane, slot, layout, members, extras, later)
+        if not taken:
+            raise _gone(peers)
+        self._send_slots(taken, layout, extras, tensors)
+
+    def _send_slots(
+        self,
+        taken: Sequence[_Taken],
+        layout: wire.Layout,
+        extras: _Extras,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Send from slots that are filled, or that `tensors` are copied to: to all, or on an error
+        to nobody."""
+        messages: list[_Message] = []
+        heard = False
+        try:
+            for lane, peers, slot in taken:
+                later = tensors
+                if tensors is not None and not lane.can_promise(tensors.values()):
+                    lane.fill(slot, layout, tensors)
+                    later = None
+                sequence = self._sequence = self._sequence + 1
+                frames = self._descriptors(peers, sequence, slot, layout, extras)
+                messages.append((lane, slot, sequence, frames, later))
+                heard = heard or bool(frames)
+            if not heard:
+                raise _gone([peer for _, peers, _ in taken for peer in peers])
+        except BaseException:
+            _abandon(taken)
+            raise
+        for lane, slot, sequence, frames, later in messages:
+            if frames:
+                self._post(lane, slot, layout, sequence, frames, later)
+            else:
+                lane.pool.abandon(slot)
 
     def _by_lane(self, peers: Sequence[Peer]) -> Mapping[Lane, Sequence[Peer]]:
         groups: dict[Lane, list[Peer]] = {}
@@ -363,19 +410,25 @@ class Push:
             raise PeerLost(f"{peer.endpoint} is gone: {peer.lost or 'it was never connected'}")
         return peer._lane
 
-    def _acquire(self, lane: Lane, peers: Sequence[Peer], timeout: float | None) -> int:
+    def _acquire(self, lane: Lane, peers: Sequence[Peer], end: float | None) -> int | None:
+        """A free slot, waited for until `end`; None when all of `peers` were lost meanwhile.
+
+        Raises Timeout.
+        """
         slot = lane.pool.acquire()
-        if slot is None:
-            for peer in peers:
-                peer.statistics.waits_for_credit += 1
-            if not self._loop.run_until(lambda: lane.pool.free > 0, timeout):
-                raise Timeout(
-                    f"no free slot within {timeout} s: all {self._slots} are held by consumers"
-                )
-            slot = lane.pool.acquire()
-            if slot is None:
-                raise AssertionError("a free slot vanished within one thread")
-        return slot
+        if slot is not None:
+            return slot
+        for peer in peers:
+            peer.statistics.waits_for_credit += 1
+
+        def lost() -> bool:
+            return all(peer.lost is not None for peer in peers)
+
+        timeout = None if end is None else max(0.0, end - time.monotonic())
+        if not self._loop.run_until(lambda: lane.pool.free > 0 or lost(), timeout):
+            raise Timeout(f"no free slot in time: all {self._slots} are held by consumers")
+        # Whoever heard of a loss may have closed this end, and the lane with it.
+        return None if lost() else lane.pool.acquire()
 
     def _descriptors(
         self,
@@ -385,7 +438,7 @@ class Push:
         layout: wire.Layout,
         extras: _Extras,
     ) -> dict[Peer, bytes]:
-        """What to say to each of `peers` that is not lost. Raises TensorTooLarge, PeerLost."""
+        """What to say to each of `peers` that is not lost. Raises TensorTooLarge."""
         requests, route, note = extras
         sent = time.monotonic_ns()
         frames = {}
@@ -403,8 +456,6 @@ class Push:
                     f"shorten the note ({len(note)} bytes) or send fewer of the {len(requests)} "
                     "requests at once"
                 )
-        if not frames:
-            raise PeerLost(f"{peers[0].endpoint} is gone: {peers[0].lost}")
         return frames
 
     def _post(
@@ -412,17 +463,11 @@ class Push:
         lane: Lane,
         slot: int,
         layout: wire.Layout,
-        peers: Sequence[Peer],
-        extras: _Extras,
-        later: Mapping[str, Tensor] | None = None,
+        sequence: int,
+        frames: dict[Peer, bytes],
+        later: Mapping[str, Tensor] | None,
     ) -> None:
         """Hand on a slot that is filled, or that `later` is copied to once it is announced."""
-        sequence = self._sequence = self._sequence + 1
-        try:
-            frames = self._descriptors(peers, sequence, slot, layout, extras)
-        except (TensorTooLarge, PeerLost):
-            lane.pool.abandon(slot)
-            raise
         lane.sequences[slot] = sequence
         lane.pool.lease(slot, frames)
         if lane.awaits_gpu:
@@ -489,7 +534,8 @@ class Push:
             if peer._line is not None:
                 # What is in the ring was said before: a Bye must not overtake releases.
                 self._drain(peer)
-                peer._line.incoming.arrive()
+                if peer._line is not None:  # or else it was broken, and nothing more is believed
+                    peer._line.incoming.arrive()
             try:
                 self._handle(peer, wire.decode_to_producer(frame))
             except ProtocolError as error:
@@ -512,17 +558,40 @@ class Push:
             self._cut_off(peer, error)
 
     def _cut_off(self, peer: Peer, error: RingBroken) -> None:
-        """Leave a consumer that writes where it must not.
-
-        The slots that it may still be reading are never used again: better short of memory than
-        wrong.
-        """
+        """Leave a consumer that writes where it must not."""
         log.error("the channel to %s is closed, for its ring is broken: %s", peer.endpoint, error)
         self._say(peer, [wire.encode(wire.Bye(peer.epoch))])
-        peer.lost = f"its ring is broken: {error}"
-        self._drop(peer)
+        self._sever(peer, f"its ring is broken: {error}")
+        # Not now: this may be in the middle of a message to others, and who hears of it may close
+        # this end.
+        self._loop.call_soon(lambda: self._tell(peer))
+
+    def _tell(self, peer: Peer) -> None:
         if self.on_lost is not None:
             self.on_lost(peer)
+
+    def _sever(self, peer: Peer, why: str) -> None:
+        """Close the channel to a consumer that may still be reading.
+
+        The slots that it holds are not used again before its process has ended: better short of
+        memory than wrong.
+        """
+        peer.lost = why
+        pidfd, peer._pidfd = peer._pidfd, None
+        self._drop(peer)
+        if pidfd is not None:
+            peer._pidfd = pidfd
+            self._severed.append(peer)
+            self._loop.unwatch(pidfd)
+            self._loop.watch(pidfd, lambda: self._bury(peer))
+
+    def _bury(self, peer: Peer) -> None:
+        """A consumer that was left has ended: it reads no more, and neither does its GPU."""
+        self._severed.remove(peer)
+        self._unwatch(peer)
+        if peer._lane is not None:
+            peer._lane.pool.forget(peer)
+            peer._lane.detach(peer)
 
     def _handle(self, peer: Peer, message: wire.ToProducer) -> None:
         match message:
@@ -569,8 +638,8 @@ class Push:
         if not peer._socket.closed:
             peer._socket.setsockopt(zmq.LINGER, 0)  # what was not sent yet is for nobody
         self._drop(peer)
-        if lane is not None and self.on_lost is not None:
-            self.on_lost(peer)
+        if lane is not None:
+            self._tell(peer)
 
     def _drop(self, peer: Peer) -> None:
         if peer in self._peers:
@@ -579,10 +648,7 @@ class Push:
             self._loop.unwatch_ring(peer._line.incoming)
             peer._line.close()
             peer._line = None
-        if peer._pidfd is not None:
-            self._loop.unwatch(peer._pidfd)
-            os.close(peer._pidfd)
-            peer._pidfd = None
+        self._unwatch(peer)
         if peer._connections is not None:
             peer._connections.close()
             peer._connections = None
@@ -590,11 +656,17 @@ class Push:
             self._loop.unwatch(peer._socket)
             peer._socket.close()
 
+    def _unwatch(self, peer: Peer) -> None:
+        if peer._pidfd is not None:
+            self._loop.unwatch(peer._pidfd)
+            os.close(peer._pidfd)
+            peer._pidfd = None
+
     def disconnect(self, peer: Peer, timeout: float = 5.0) -> None:
         """Close the channel to `peer` once it has released every slot it holds.
 
         A peer that does not within `timeout` seconds is cut off, and the slots it may still be
-        reading are never used again: better short of memory than wrong.
+        reading are not used again before its process has ended.
         """
         if peer.lost is not None:
             return
@@ -602,8 +674,7 @@ class Push:
         self._say(peer, [wire.encode(wire.Bye(peer.epoch))])
         if not self._loop.run_until(lambda: peer.lost is not None, timeout):
             log.warning("%s did not release what it holds within %s s", peer.endpoint, timeout)
-            peer.lost = "this end disconnected"
-            self._drop(peer)
+            self._sever(peer, "this end disconnected")
 
     # Looking and leaving
 
@@ -636,6 +707,9 @@ class Push:
         self.on_lost = None
         for peer in tuple(self._peers):
             self.disconnect(peer)
+        for peer in self._severed:
+            self._unwatch(peer)
+        self._severed.clear()
         self._settle()
         if self._completions is not None:
             self._completions.close()
@@ -656,6 +730,23 @@ class Push:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+_Taken: TypeAlias = tuple[Lane, Sequence[Peer], int]
+"""A slot to send from: its lane, whom it is for, its number."""
+
+_Message: TypeAlias = tuple[Lane, int, int, dict[Peer, bytes], Mapping[str, Tensor] | None]
+"""A slot to be announced: its lane and number, the message's, what to say to whom, and what is
+copied to it after that."""
+
+
+def _abandon(taken: Iterable[_Taken]) -> None:
+    for lane, _, slot in taken:
+        lane.pool.abandon(slot)
+
+
+def _gone(peers: Sequence[Peer]) -> PeerLost:
+    return PeerLost("; ".join(f"{peer.endpoint} is gone: {peer.lost}" for peer in peers))
 
 
 def _several(to: Sequence[Peer]) -> tuple[Peer, ...]:

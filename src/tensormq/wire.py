@@ -36,6 +36,9 @@ MAX_FRAME = 128 * 1024
 MAX_SLOTS = 1024
 """Slots of one slab."""
 
+MAX_DIMENSIONS = 32
+"""Of a tensor: as many as every NumPy that is supported can have."""
+
 CONSUMERS = 64
 """Consumers that one slab on a GPU has words for."""
 
@@ -314,14 +317,18 @@ def lay_out(
 ) -> tuple[TensorSpec, ...]:
     """Place tensors, given as name → (dtype, shape), one after the other in a slot.
 
-    Raises UnsupportedTensor for a dtype without a wire name, TensorTooLarge when the slot is
-    smaller than all of them.
+    Raises UnsupportedTensor for a dtype without a wire name and for too many dimensions,
+    TensorTooLarge when the slot is smaller than all of them.
     """
     specs = []
     end = 0
     for name, (dtype, shape) in tensors.items():
         if dtype not in ITEMSIZE:
             raise UnsupportedTensor(f"tensor {name!r} has dtype {dtype}, which cannot be carried")
+        if len(shape) > MAX_DIMENSIONS:
+            raise UnsupportedTensor(
+                f"tensor {name!r} has {len(shape)} dimensions and may have {MAX_DIMENSIONS}"
+            )
         spec = TensorSpec(name, dtype, shape, offset=-(-end // ALIGNMENT) * ALIGNMENT)
         specs.append(spec)
         end = spec.offset + spec.nbytes
@@ -370,7 +377,10 @@ def parse_layout(encoded: bytes, slot_bytes: int) -> Layout:
     for spec in specs:
         if spec.dtype not in ITEMSIZE:
             raise ProtocolError(f"tensor {spec.name!r} has an unknown dtype {spec.dtype!r}")
-        if any(size < 0 for size in spec.shape) or len(spec.shape) > 64:
+        # Also where a size of 0 makes all the others harmless: nobody can make such a tensor.
+        extent = math.prod(max(1, size) for size in spec.shape) * ITEMSIZE[spec.dtype]
+        impossible = extent >= 1 << 63 or len(spec.shape) > MAX_DIMENSIONS
+        if impossible or any(size < 0 for size in spec.shape):
             raise ProtocolError(f"tensor {spec.name!r} has an impossible shape {spec.shape}")
         if spec.offset < 0 or spec.offset % ALIGNMENT:
             raise ProtocolError(f"tensor {spec.name!r} starts at {spec.offset}, not aligned")
