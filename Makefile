@@ -45,7 +45,9 @@ EXPERIMENTS := latency throughput energy vram sharing
 EXPERIMENT_PYTHON ?= $(BIN)/python
 EXPERIMENT_OUT ?= docs/results/experiments
 
-experiments:  ## the published results, measured again: see experiments/README.md
+# The published results, measured again: see experiments/README.md. Another Python than that of .venv
+# must have what they need already.
+experiments: $(if $(filter $(BIN)/python,$(EXPERIMENT_PYTHON)),setup)
 	@for each in $(EXPERIMENTS); do \
 	  PYTHONPATH=src $(EXPERIMENT_PYTHON) experiments/run_$${each}_test.py --out $(EXPERIMENT_OUT) \
 	    $(EXPERIMENT_ARGS) || exit 1; \

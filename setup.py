@@ -1,6 +1,6 @@
 """Compiles the modules that a message passes through, where BLOCKFLOW_COMPILE=1 asks for it.
 
-    pip install 'mypy>=2.4' 'setuptools>=77'
+    pip install 'mypy>=2.4' 'setuptools>=77' 'msgspec>=0.19'
     BLOCKFLOW_COMPILE=1 pip install --no-build-isolation .
 
 mypyc makes an extension module of each, from the same source that runs without it: see
