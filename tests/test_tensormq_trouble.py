@@ -132,20 +132,25 @@ def test_who_leaves_while_a_slot_is_waited_for_is_left_out(ends: Ends, leaves: s
     assert ends.loop.run_until(lambda: ends.free() == [1, 1], timeout=1)
 
 
-def test_it_is_told_when_all_have_left(ends: Ends) -> None:
-    ends.push.send(X, to=[ends.by_shm, ends.inline])
-    held = ends.near.recv(timeout=1), ends.far.recv(timeout=1)
+def test_it_is_told_when_all_have_left(ends: Ends, run_dir: Path) -> None:
+    with Pull(f"ipc://{run_dir}/third.sock", loop=ends.loop) as third:
+        slow = [
+            ends.push.connect(third.endpoint, carriers=[carrier])
+            for carrier in (Carrier.SHM, Carrier.INLINE)
+        ]
+        ends.push.send(X, to=slow)
+        held = third.recv(timeout=1), third.recv(timeout=1)
 
-    def leave() -> None:
+        def leave() -> None:
+            ends.near.close()
+            ends.far.close()
+
+        ends.loop.call_soon(leave)
+        with pytest.raises(PeerLost, match="is gone: it closed its end"):
+            ends.push.send(X, to=[ends.by_shm, ends.inline], timeout=5)
         for message in held:
             message.release()
-        ends.near.close()
-        ends.far.close()
-
-    ends.loop.call_soon(leave)
-    with pytest.raises(PeerLost, match="is gone: it closed its end"):
-        ends.push.send(X, to=[ends.by_shm, ends.inline], timeout=5)
-    assert ends.free() == [1, 1]
+        assert ends.loop.run_until(lambda: ends.free() == [1, 1], timeout=1)
 
 
 # Waiting
@@ -264,13 +269,52 @@ def test_a_producer_without_a_process_is_not_let_in(run_dir: Path, pid: int) -> 
         assert not pull._channels
 
 
+def test_a_peer_that_is_left_ends_its_channel_when_it_has_released_everything(ends: Ends) -> None:
+    heard: list[Peer] = []
+    ends.push.on_lost = heard.append
+    ends.push.send(X, to=ends.by_shm)
+    held = ends.near.recv(timeout=1)
+    for timeout in (0, 0.01):
+        ends.push.disconnect(ends.by_shm, timeout=timeout)
+        assert ends.push.peers == (ends.inline,)
+        with pytest.raises(PeerLost, match="this end disconnected"):
+            ends.push.send(X, to=ends.by_shm)
+    assert ends.free() == [0, 1]
+    again = ends.push.connect(ends.near.endpoint, carriers=[Carrier.SHM])
+    held.release()
+    assert ends.loop.run_until(lambda: ends.by_shm.lost is not None, timeout=1)
+    assert ends.free() == [1, 1]
+    ends.push.send(X, to=again, timeout=0)
+    ends.near.recv(timeout=1).release()
+    assert not heard
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_an_end_that_finishes_closes_when_the_last_slot_is_released(
+    run_dir: Path, held: bool
+) -> None:
+    with Loop() as loop, Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull:
+        push = Push(slot_bytes=256, loop=loop)
+        push.send(X, to=push.connect(pull.endpoint))
+        message = pull.recv(timeout=1)
+        if not held:
+            message.release()
+        push.finish()
+        assert loop.run_until(lambda: push.closed, timeout=0.05) is not held
+        message.release()
+        assert loop.run_until(lambda: push.closed, timeout=1)
+        assert loop.run_until(lambda: not pull._channels, timeout=1)
+        push.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "carrier"),
     [("cpu", Carrier.SHM), pytest.param("cuda:0", Carrier.CUDA_IPC, marks=pytest.mark.gpu)],
 )
+@pytest.mark.parametrize("broken", [False, True])
 def test_slots_of_a_consumer_that_was_left_come_back_when_it_dies(
-    run_dir: Path, device: str, carrier: Carrier
+    run_dir: Path, device: str, carrier: Carrier, broken: bool
 ) -> None:
     command = [sys.executable, str(PEER), "hold", f"ipc://{run_dir}/x.sock", "-", device, carrier]
     with (
@@ -278,11 +322,15 @@ def test_slots_of_a_consumer_that_was_left_come_back_when_it_dies(
         Push(slots=2, slot_bytes=4096, device=device) as push,
     ):
         assert process.stdout is not None
-        endpoint = process.stdout.readline().split()[1]
-        peer = push.connect(endpoint)
+        peer = push.connect(process.stdout.readline().split()[1])
         for _ in range(2):
             push.send({"x": torch.ones(4, device=device)}, to=peer)
-        push.disconnect(peer, timeout=0.1)
+        if broken:
+            assert peer._line is not None
+            peer._line.incoming._words[0] = 12345
+            assert push._loop.run_until(lambda: peer.lost is not None, timeout=1)
+        else:
+            push.disconnect(peer, timeout=0.1)
         assert (push.peers, push.leased_slots) == ((), 2)
         assert not push._loop.run_until(lambda: push.leased_slots == 0, timeout=0.1)
         process.kill()

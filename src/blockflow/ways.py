@@ -51,7 +51,10 @@ class Ways:
         )
 
     def forget(self, routes: Iterable[RouteId]) -> None:
-        """Forget routes, and close the channels that no other needs."""
+        """Forget routes, and close the channels that no other needs.
+
+        Without waiting for those at their other ends, who may compute for long: others wait here.
+        """
         for route in routes:
             self._known.pop(route, None)
         needed = {id(way.results) for way in self._known.values()}
@@ -59,7 +62,7 @@ class Ways:
         for key, peer in tuple(self._peers.items()):
             if id(peer) not in needed:
                 del self._peers[key]
-                self._push.disconnect(peer)
+                self._push.disconnect(peer, timeout=0)
 
     def _legs(self, route: Route, following: Sequence[Step]) -> list[Leg]:
         """Where outputs go that other blocks need: all of other workers get the same message."""

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAX_LAYOUTS = 256
+_DISCONNECTED = "this end disconnected"
 
 _Extras: TypeAlias = tuple[tuple[Request, ...], int, bytes]
 """Requests, route and note: what a descriptor carries for the application."""
@@ -54,6 +55,7 @@ class Peer:
         self.endpoint = endpoint
         self.epoch = secrets.randbits(63)
         self.lost: str | None = None
+        self._leaving = False
         self._socket = socket
         self._answers: list[wire.ToProducer] = []
         self._lane: Lane | None = None
@@ -103,6 +105,8 @@ class Push:
         # Left while they may still have been reading.
         self._severed: list[Peer] = []
         self._sequence = 0
+        self._finishing = False
+        self._closed = False
         self._deferred = 0
         self._completions: Completions | None = None
         self.rejected = 0
@@ -408,6 +412,8 @@ class Push:
     def _live(self, peer: Peer) -> Lane:
         if peer.lost is not None or peer._lane is None:
             raise PeerLost(f"{peer.endpoint} is gone: {peer.lost or 'it was never connected'}")
+        if peer._leaving:
+            raise PeerLost(f"{peer.endpoint} is gone: {_DISCONNECTED}")
         return peer._lane
 
     def _acquire(self, lane: Lane, peers: Sequence[Peer], end: float | None) -> int | None:
@@ -630,7 +636,7 @@ class Push:
     def _lose(self, peer: Peer, why: str) -> None:
         if peer.lost is not None:
             return
-        peer.lost = why
+        peer.lost = _DISCONNECTED if peer._leaving else why
         lane = peer._lane
         if lane is not None:
             lane.pool.forget(peer)
@@ -638,7 +644,7 @@ class Push:
         if not peer._socket.closed:
             peer._socket.setsockopt(zmq.LINGER, 0)  # what was not sent yet is for nobody
         self._drop(peer)
-        if lane is not None:
+        if lane is not None and not peer._leaving:
             self._tell(peer)
 
     def _drop(self, peer: Peer) -> None:
@@ -655,6 +661,8 @@ class Push:
         if not peer._socket.closed:
             self._loop.unwatch(peer._socket)
             peer._socket.close()
+        if self._finishing and not self._peers:
+            self._loop.call_soon(self.close)
 
     def _unwatch(self, peer: Peer) -> None:
         if peer._pidfd is not None:
@@ -663,24 +671,33 @@ class Push:
             peer._pidfd = None
 
     def disconnect(self, peer: Peer, timeout: float = 5.0) -> None:
-        """Close the channel to `peer` once it has released every slot it holds.
+        """Send nothing more to `peer`, and close the channel once it has released what it holds.
 
-        A peer that does not within `timeout` seconds is cut off, and the slots it may still be
-        reading are not used again before its process has ended.
+        Waits for that up to `timeout` seconds. A peer that takes longer releases its slots later,
+        while the loop runs.
         """
         if peer.lost is not None:
             return
-        self._settle()
-        self._say(peer, [wire.encode(wire.Bye(peer.epoch))])
-        if not self._loop.run_until(lambda: peer.lost is not None, timeout):
+        if not peer._leaving:
+            peer._leaving = True
+            bye = partial(self._say, peer, [wire.encode(wire.Bye(peer.epoch))])
+            if self._deferred:
+                self._after_gpu(bye)  # behind what waits to be announced
+            else:
+                bye()
+        if timeout and not self._loop.run_until(lambda: peer.lost is not None, timeout):
             log.warning("%s did not release what it holds within %s s", peer.endpoint, timeout)
-            self._sever(peer, "this end disconnected")
 
     # Looking and leaving
 
     @property
     def peers(self) -> tuple[Peer, ...]:
-        return tuple(self._peers)
+        """Those that can be sent to."""
+        return tuple(peer for peer in self._peers if not peer._leaving)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     @property
     def free_slots(self) -> int:
@@ -698,19 +715,32 @@ class Push:
             if (lane := peer._lane) is not None
         )
 
-    def _settle(self) -> None:
-        """Announce what waits for the GPU, so that a Bye does not overtake it."""
-        self._loop.run_until(lambda: self._deferred == 0, timeout=5.0)
+    def finish(self) -> None:
+        """Disconnect every peer and close when the last has released what it holds; waits for
+        none. For ends that share a loop, which goes on and in which that happens."""
+        self.on_lost = None
+        self._finishing = True
+        for peer in tuple(self._peers):
+            self.disconnect(peer, timeout=0)
+        if not self._peers:
+            self.close()
 
     def close(self) -> None:
-        """Disconnect every peer, as `disconnect` does, and free the memory."""
+        """Disconnect every peer, wait for them as `disconnect` does, and free the memory."""
+        if self._closed:
+            return
+        self._closed = True
         self.on_lost = None
         for peer in tuple(self._peers):
             self.disconnect(peer)
+            if peer.lost is None:
+                peer.lost = _DISCONNECTED
+                self._drop(peer)
         for peer in self._severed:
             self._unwatch(peer)
         self._severed.clear()
-        self._settle()
+        # What nobody waits for any more is announced to nobody; but the GPU still copies it.
+        self._loop.run_until(lambda: self._deferred == 0, timeout=5.0)
         if self._completions is not None:
             self._completions.close()
             self._completions = None

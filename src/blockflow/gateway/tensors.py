@@ -116,6 +116,8 @@ class TensorThread:
         self._loop = Loop()
         self._pull = Pull(results, loop=self._loop)
         self._entries: dict[str, Entry] = {}
+        # Of routes that were retired while a block still held something of them.
+        self._leaving: list[Push] = []
         self._routes: dict[RouteId, Route] = {}
         self._jobs: deque[Callable[[], None]] = deque()
         self._outgoing: deque[_Outgoing] = deque()
@@ -184,8 +186,8 @@ class TensorThread:
             while (message := self._pull.poll()) is not None:
                 with message:
                     self._deliver(message)
-        for entry in self._entries.values():
-            entry.push.close()
+        for push in (*(entry.push for entry in self._entries.values()), *self._leaving):
+            push.close()
         self._pull.close()
         self._loop.close()
 
@@ -223,7 +225,10 @@ class TensorThread:
         self._routes.pop(route.id, None)
         for entry in unused:
             del self._entries[entry.peer.endpoint]
-            entry.push.close()
+            # Without waiting for a block that computes: all other requests wait here.
+            entry.push.finish()
+            self._leaving = [push for push in self._leaving if not push.closed]
+            self._leaving.append(entry.push)
 
     def _send_what_fits(self) -> None:
         # Slots may be taken although fewer requests are under way than there are slots: an answer
