@@ -1,15 +1,20 @@
 """Tensors in GPU memory: carrier `cuda_ipc`, and host memory that a GPU copies from and to.
 
-The order between two processes is kept on the GPU, by 64-bit words in the slab that streams write
-and wait for. After the producer has filled a slot, its stream writes the message's sequence number
-to `filled[slot]`; the consumer's stream waits until it stands there. After the consumer's last use
+The order between two processes is kept on the GPU, by 64-bit words that streams write and wait for.
+After the producer has filled a slot, its stream writes the message's sequence number to
+`filled[slot]`; the consumer's stream waits until it stands there. After the consumer's last use
 its stream writes the number to `emptied[consumer][slot]`; the producer's stream waits for that
 before it writes the slot again. No host waits for either.
 
 Words rather than interprocess events, for an event of a process that died before the GPU reached it
 never completes, and whoever waits for it waits for ever; a word can be written by the survivor.
 
-    header page with the nonce | filled[slots], emptied[CONSUMERS][slots] | slots
+The words lie in host memory that both processes share and have registered with CUDA. So a host
+sees what has happened on the GPU without asking the driver, has no stream wait for what is there
+already, and writes the words of a peer that died by a store.
+
+    on the GPU: header page with the nonce | slots
+    on the host: header page with the nonce | filled[slots], emptied[CONSUMERS][slots]
 
 Slabs are taken with cudaMalloc, outside torch's caching allocator: a handle names a whole
 allocation, and torch's `expandable_segments` cannot be exported at all.
@@ -19,10 +24,12 @@ Streams are torch's current stream of the calling thread.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,10 +43,11 @@ from .loop import Loop
 log = logging.getLogger(__name__)
 
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
-_REGISTER_DEFAULT = 0  # cudaHostRegisterDefault
+_REGISTER_MAPPED = 2  # cudaHostRegisterMapped
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _ANY_WAY = rt.cudaMemcpyKind.cudaMemcpyDefault  # CUDA knows where addresses lie
 _WORD = 8
+_PATIENCE = 5.0
 _WAIT_GEQ = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
 # The default write is a barrier: what the stream did before is visible to whoever sees the word.
 _WRITE = int(driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT)
@@ -173,83 +181,144 @@ def copy(destination: torch.Tensor, source: host.Tensor) -> None:
     _give(index, lambda stream: rt.cudaMemcpyAsync(to, origin, size, _ANY_WAY, stream))
 
 
+@contextlib.contextmanager
+def _stream_apart(device: torch.device) -> Iterator[Any]:
+    """A stream beside the work, all of whose work is done in the end.
+
+    Not one of torch's pool, whose other users may be waiting for another process; of another
+    priority than theirs, so that it does not share a hardware queue with them.
+    """
+    with torch.cuda.device(device):
+        _, highest = _range(rt.cudaDeviceGetStreamPriorityRange())
+        stream = _checked(rt.cudaStreamCreateWithPriority(_NON_BLOCKING, highest))
+        try:
+            yield stream
+            _checked(rt.cudaStreamSynchronize(stream))
+        finally:
+            _checked(rt.cudaStreamDestroy(stream))
+
+
 class _Words:
-    """64-bit words on a GPU, one for each slot, that the streams of `device` write and wait for."""
+    """The words of one slab in host memory that was registered: rows of one for each slot.
 
-    def __init__(self, pointer: int, slots: int, device: torch.device) -> None:
-        self._addresses = [pointer + _WORD * slot for slot in range(slots)]
+    The streams of `device` write them and wait for them, and so does this process.
+    """
+
+    def __init__(self, memory: memoryview, slots: int, device: torch.device) -> None:
+        self._pinned = PinnedMemory(memory, str(device))
+        self._values = memory[wire.HEADER_BYTES :].cast("Q")
+        self._address = self._pinned.device_pointer + wire.HEADER_BYTES
+        self._slots = slots
         self._index = _index(device)
+        self._device = device
+        # For each word the last value that a stream was told to wait for.
+        self._awaited: dict[int, int] = {}
+        with _lock:
+            _all_words.append(self)
 
-    def write(self, slot: int, value: int) -> None:
-        """The current stream writes `value` after what it was given so far."""
-        word = self._addresses[slot]
+    def row(self, number: int) -> _Row:
+        return _Row(self, number * self._slots, self._slots)
+
+    def write(self, place: int, value: int) -> None:
+        word = self._address + _WORD * place
         _give(self._index, lambda stream: driver.cuStreamWriteValue64(stream, word, value, _WRITE))
 
-    def wait(self, slot: int, value: int) -> None:
-        """What the current stream is given from here on begins when the word is `value` or more."""
-        word = self._addresses[slot]
+    def wait(self, place: int, value: int) -> None:
+        # The GPU wrote it when all before it was done, and what it is given now comes after.
+        if self._values[place] >= value:
+            return
+        self._awaited[place] = value
+        word = self._address + _WORD * place
         _give(
             self._index, lambda stream: driver.cuStreamWaitValue64(stream, word, value, _WAIT_GEQ)
         )
 
-    def fill(self, side: _Side, value: int) -> None:
-        """Write all words, whatever the streams are waiting for; done when it returns."""
-        count = len(self._addresses)
-        side.copy_in(self._addresses[0], (ctypes.c_int64 * count)(*[value] * count))
+    def put(self, place: int, value: int) -> None:
+        self._values[place] = value
+        self._awaited.pop(place, None)
 
-    def put(self, side: _Side, slot: int, value: int) -> None:
-        """As `fill`, for one word."""
-        side.copy_in(self._addresses[slot], (ctypes.c_int64 * 1)(value))
+    def read(self, start: int, end: int) -> list[int]:
+        return self._values[start:end].tolist()
 
-    def probe(self, side: _Side) -> None:
+    def reached(self) -> bool:
+        """Whether all that streams were told to wait for is there."""
+        return all(self._values[place] >= each for place, each in tuple(self._awaited.items()))
+
+    def probe(self, place: int) -> None:
         """Try whether a stream can write a word and wait for it. Raises TensorMQError."""
-        side.probe(self._addresses[0])
-
-    def read(self, side: _Side) -> list[int]:
-        found = (ctypes.c_int64 * len(self._addresses))()
-        side.copy_out(found, self._addresses[0])
-        return list(found)
-
-
-class _Side:
-    """A stream for words beside the work, which no stream that waits can hold up.
-
-    Not one of torch's pool, whose other users may be waiting for just what is to be done here; of
-    another priority than theirs, and with copies only, so that it does not share a hardware queue
-    with them.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with torch.cuda.device(device):
-            _, highest = _range(rt.cudaDeviceGetStreamPriorityRange())
-            self._stream = _checked(rt.cudaStreamCreateWithPriority(_NON_BLOCKING, highest))
-
-    def copy_in(self, address: int, words: ctypes.Array[ctypes.c_int64]) -> None:
-        kind = rt.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._copy(address, ctypes.addressof(words), ctypes.sizeof(words), kind)
-
-    def copy_out(self, words: ctypes.Array[ctypes.c_int64], address: int) -> None:
-        kind = rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copy(ctypes.addressof(words), address, ctypes.sizeof(words), kind)
-
-    def probe(self, address: int) -> None:
-        with torch.cuda.device(self._device):
-            _checked(driver.cuStreamWriteValue64(self._stream, address, 1, _WRITE))
-            _checked(driver.cuStreamWaitValue64(self._stream, address, 1, _WAIT_GEQ))
-            _checked(rt.cudaStreamSynchronize(self._stream))
-
-    def _copy(self, to: int, source: int, size: int, kind: rt.cudaMemcpyKind) -> None:
-        with torch.cuda.device(self._device):
-            _checked(rt.cudaMemcpyAsync(to, source, size, kind, self._stream))
-            _checked(rt.cudaStreamSynchronize(self._stream))
+        word = self._address + _WORD * place
+        with _stream_apart(self._device) as stream:
+            _checked(driver.cuStreamWriteValue64(stream, word, 1, _WRITE))
+            _checked(driver.cuStreamWaitValue64(stream, word, 1, _WAIT_GEQ))
+        if self._values[place] != 1:
+            raise TensorMQError("a word that a stream wrote is not to be seen in host memory")
 
     def close(self) -> None:
-        _checked(rt.cudaStreamDestroy(self._stream))
+        """For when no stream uses them any more."""
+        with _lock:
+            _all_words.remove(self)
+        self._values.release()
+        self._pinned.close()
+
+
+_all_words: list[_Words] = []
+_lock = threading.Lock()
+
+
+def quiet() -> bool:
+    """Whether no stream of this process waits for another process.
+
+    While one does, to wait on the host for the whole device, as the freeing of shared memory does,
+    is to wait for that process; which may have died, and only the loop hears of it.
+    """
+    with _lock:
+        known = tuple(_all_words)
+    return all(words.reached() for words in known)
+
+
+def settle(loop: Loop) -> bool:
+    """Run the loop until it is `quiet`, for as long as a peer may take; whether it is."""
+    if loop.run_until(quiet, _PATIENCE):
+        return True
+    log.warning("streams wait for another process: shared memory stays until this one ends")
+    return False
+
+
+class _Row:
+    """The words of one end: one for each slot."""
+
+    def __init__(self, words: _Words, start: int, slots: int) -> None:
+        self._words = words
+        self._start = start
+        self._slots = slots
+
+    def write(self, slot: int, value: int) -> None:
+        """The current stream writes `value` after what it was given so far."""
+        self._words.write(self._start + slot, value)
+
+    def wait(self, slot: int, value: int) -> None:
+        """What the current stream is given from here on begins when the word is `value` or more."""
+        self._words.wait(self._start + slot, value)
+
+    def put(self, slot: int, value: int) -> None:
+        """Write a word at once, be a stream waiting for it."""
+        self._words.put(self._start + slot, value)
+
+    def fill(self, value: int) -> None:
+        """As `put`, all of them."""
+        for slot in range(self._slots):
+            self.put(slot, value)
+
+    def probe(self) -> None:
+        self._words.probe(self._start)
+
+    def read(self) -> list[int]:
+        return self._words.read(self._start, self._start + self._slots)
 
 
 class DeviceSlab:
-    """The producer's memory on the GPU: a header page with the nonce, words, then the slots."""
+    """The producer's memory: on the GPU a header page with the nonce and the slots, on the host
+    the words."""
 
     carrier = wire.Carrier.CUDA_IPC
 
@@ -258,28 +327,21 @@ class DeviceSlab:
         self._index = _index(self._device)
         self._slot_bytes = slot_bytes
         self._size = wire.device_slab_size(slots, slot_bytes)
-        self._base = self._size - slots * slot_bytes
         with torch.cuda.device(self._device):
             torch.cuda.current_stream()  # makes sure that the primary context exists
             self._pointer = int(_checked(rt.cudaMalloc(self._size)))
             self._handle = bytes(_checked(rt.cudaIpcGetMemHandle(self._pointer)).reserved)
             self._memory = _as_bytes(self._pointer, self._size, self._device)
-            self._memory[: self._base].zero_()
-            mark = torch.frombuffer(
-                bytearray(nonce.to_bytes(wire.NONCE_BYTES, "little")), dtype=torch.uint8
-            )
-            self._memory[: wire.NONCE_BYTES].copy_(mark)
-            torch.cuda.synchronize(self._device)
-        self._side = _Side(self._device)
-        first = self._pointer + wire.HEADER_BYTES
-        self._filled = _Words(first, slots, self._device)
-        self._all_emptied = [
-            _Words(first + _WORD * slots * (1 + index), slots, self._device)
-            for index in range(wire.CONSUMERS)
-        ]
+        mark = ctypes.create_string_buffer(nonce.to_bytes(wire.NONCE_BYTES, "little"))
+        with _stream_apart(self._device) as stream:
+            source, size = ctypes.addressof(mark), wire.NONCE_BYTES
+            _checked(rt.cudaMemcpyAsync(self._pointer, source, size, _ANY_WAY, stream))
+        self._page = host.HostSlab(nonce, 1, wire.words_size(slots))
+        self._words = _Words(self._page.memory, slots, self._device)
+        self._filled = self._words.row(0)
         self._next = 0
         self._consumers: dict[object, int] = {}
-        self._emptied: dict[object, _Words] = {}
+        self._emptied: dict[object, _Row] = {}
         self._last: list[tuple[int, tuple[object, ...]]] = [(0, ())] * slots
         self._sequence = 0
 
@@ -295,32 +357,32 @@ class DeviceSlab:
                 # Not the same one again soon: what a dead consumer's GPU work still writes there
                 # must not meet its successor.
                 self._next = index + 1
-                return wire.DeviceSlab(self._handle, self._size, index)
+                return wire.DeviceSlab(self._handle, self._size, index, self._page.offer())
         raise NegotiationError(f"this Push has {wire.CONSUMERS} consumers on the GPU already")
 
     def attach(self, peer: object, consumer: int) -> None:
         """`peer` is the consumer that was offered the words `consumer`."""
         self._consumers[peer] = consumer
-        self._emptied[peer] = self._all_emptied[consumer]
-        self._emptied[peer].fill(self._side, self._sequence)
+        self._emptied[peer] = self._words.row(1 + consumer)
+        self._emptied[peer].fill(self._sequence)
 
     def detach(self, peer: object) -> None:
         """The consumer is gone; what waits for it on the GPU goes on."""
-        words = self._emptied.pop(peer, None)
-        if words is not None:
+        emptied = self._emptied.pop(peer, None)
+        if emptied is not None:
             del self._consumers[peer]
-            words.fill(self._side, self._sequence)
+            emptied.fill(self._sequence)
 
     def reuse(self, slot: int) -> None:
         """What the current stream writes to `slot` from here on waits for its last use."""
         sequence, holders = self._last[slot]
         for peer in holders:
-            words = self._emptied.get(peer)
-            if words is not None:  # a peer that died uses nothing any more
-                words.wait(slot, sequence)
+            emptied = self._emptied.get(peer)
+            if emptied is not None:  # a peer that died uses nothing any more
+                emptied.wait(slot, sequence)
 
     def view(self, slot: int, spec: wire.TensorSpec) -> torch.Tensor:
-        return _view(self._memory, spec, self._base + slot * self._slot_bytes)
+        return _view(self._memory, spec, wire.HEADER_BYTES + slot * self._slot_bytes)
 
     def surely_takes(self, tensors: Iterable[host.Tensor]) -> bool:
         """Whether `copy` of these to a slot is nothing but work for this GPU.
@@ -343,9 +405,8 @@ class DeviceSlab:
     def close(self) -> None:
         # Freeing exported memory synchronises the device, whatever we do: once, at the end.
         torch.cuda.synchronize(self._device)
-        self._emptied.clear()
-        self._consumers.clear()
-        self._side.close()
+        self._words.close()
+        self._page.close()
         self._memory = torch.empty(0)  # nothing here sees it any more
         with torch.cuda.device(self._device):
             _checked(rt.cudaFree(self._pointer))
@@ -354,13 +415,15 @@ class DeviceSlab:
 class DeviceMapping:
     """The consumer's view of a DeviceSlab. Raises NegotiationError when it cannot be had.
 
-    elsewhere: the slab lies on another GPU than `device`, which reads and writes it from there.
+    words: the slab's words, mapped. elsewhere: the slab lies on another GPU than `device`, which
+    reads it from there.
     """
 
     def __init__(
         self,
         nonce: int,
         offer: wire.DeviceSlab,
+        words: memoryview,
         slots: int,
         slot_bytes: int,
         device: str,
@@ -369,7 +432,6 @@ class DeviceMapping:
     ) -> None:
         self._device = torch.device(device)
         self._slot_bytes = slot_bytes
-        self._base = offer.size - slots * slot_bytes
         handle = rt.cudaIpcMemHandle_t()
         handle.reserved = offer.handle
         with torch.cuda.device(self._device):
@@ -378,31 +440,41 @@ class DeviceMapping:
                 self._pointer = int(_checked(rt.cudaIpcOpenMemHandle(handle, _LAZY_PEER_ACCESS)))
             except TensorMQError as error:
                 raise NegotiationError(f"cannot open the producer's GPU memory: {error}") from None
+        try:
+            self._look(nonce)
             view = _as_bytes_of_peer if elsewhere else _as_bytes
             self._memory = view(self._pointer, offer.size, self._device)
-            found = bytes(self._memory[: wire.NONCE_BYTES].tolist())
-        self._side = _Side(self._device)
-        first = self._pointer + wire.HEADER_BYTES
-        self._filled = _Words(first, slots, self._device)
-        self._emptied = _Words(first + _WORD * slots * (1 + offer.consumer), slots, self._device)
-        if found != nonce.to_bytes(wire.NONCE_BYTES, "little"):
-            self.close()
-            raise NegotiationError("the producer's GPU memory does not hold this channel's nonce")
+            self._words = _Words(words, slots, self._device)
+        except BaseException:
+            self._unmap()
+            raise
+        self._filled = self._words.row(0)
+        self._emptied = self._words.row(1 + offer.consumer)
         try:
             # Nobody waits for these words before this end has said welcome.
-            self._emptied.probe(self._side)
+            self._emptied.probe()
         except TensorMQError as error:
-            self.close()
+            self._words.close()
+            self._unmap()
             raise NegotiationError(
-                f"streams cannot wait for words in the producer's GPU memory: {error}"
+                f"streams cannot wait for words in the producer's memory: {error}"
             ) from None
+
+    def _look(self, nonce: int) -> None:
+        """Raises NegotiationError when this is other memory than the producer speaks of."""
+        found = ctypes.create_string_buffer(wire.NONCE_BYTES)
+        with _stream_apart(self._device) as stream:
+            to, size = ctypes.addressof(found), wire.NONCE_BYTES
+            _checked(rt.cudaMemcpyAsync(to, self._pointer, size, _ANY_WAY, stream))
+        if found.raw != nonce.to_bytes(wire.NONCE_BYTES, "little"):
+            raise NegotiationError("the producer's GPU memory does not hold this channel's nonce")
 
     def expect(self, slot: int, sequence: int) -> None:
         """What the current stream reads from `slot` from here on waits for its content."""
         self._filled.wait(slot, sequence)
 
     def view(self, slot: int, spec: wire.TensorSpec) -> torch.Tensor:
-        return _view(self._memory, spec, self._base + slot * self._slot_bytes)
+        return _view(self._memory, spec, wire.HEADER_BYTES + slot * self._slot_bytes)
 
     def release(self, slot: int, sequence: int) -> None:
         """The current stream's work so far was the last use of this slot."""
@@ -410,30 +482,38 @@ class DeviceMapping:
 
     def filled(self) -> list[int]:
         """For each slot the sequence number of the last message whose content is complete."""
-        return self._filled.read(self._side)
+        return self._filled.read()
 
     def lift(self, slot: int, sequence: int) -> None:
         """Let go what waits for a message whose producer died before it was complete."""
-        self._filled.put(self._side, slot, sequence)
+        self._filled.put(slot, sequence)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
-        self._side.close()
+        self._words.close()
         self._memory = torch.empty(0)  # nothing here sees it any more
+        self._unmap()
+
+    def _unmap(self) -> None:
         with torch.cuda.device(self._device):
             _checked(rt.cudaIpcCloseMemHandle(self._pointer))
 
 
 class PinnedMemory:
-    """Host memory known to CUDA, so that copies from and to it do not stop the host."""
+    """Host memory known to CUDA: copies from and to it do not stop the host, and streams can use it
+    at `device_pointer`."""
 
-    def __init__(self, memory: memoryview) -> None:
+    def __init__(self, memory: memoryview, device: str) -> None:
+        self._device = torch.device(device)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        _checked(rt.cudaHostRegister(self._address, memory.nbytes, _REGISTER_DEFAULT))
+        with torch.cuda.device(self._device):
+            _checked(rt.cudaHostRegister(self._address, memory.nbytes, _REGISTER_MAPPED))
+            self.device_pointer = int(_checked(rt.cudaHostGetDevicePointer(self._address, 0)))
 
     def close(self) -> None:
-        torch.cuda.synchronize()  # a copy under way still uses the pages
-        _checked(rt.cudaHostUnregister(self._address))
+        torch.cuda.synchronize(self._device)  # a copy under way still uses the pages
+        with torch.cuda.device(self._device):
+            _checked(rt.cudaHostUnregister(self._address))
 
 
 class Completions:

@@ -92,6 +92,7 @@ class HostLane(Lane):
         views = host.Views(lambda slot, spec: view(slab.memory, spec, slab.base(slot)), numpy)
         super().__init__(carrier, slots, nonce, slab, views)
         self._slab = slab
+        self._device = device
         self._pinned: PinnedMemory | None = None
         if device is not None and device.startswith("cuda"):
             from .cuda import copy  # noqa: PLC0415 - loads torch and CUDA
@@ -103,7 +104,7 @@ class HostLane(Lane):
         if self.awaits_gpu and self._pinned is None:
             from .cuda import PinnedMemory  # noqa: PLC0415
 
-            self._pinned = PinnedMemory(self._slab.memory)
+            self._pinned = PinnedMemory(self._slab.memory, str(self._device))
 
     def payload(self, slot: int, layout: wire.Layout) -> memoryview:
         """The bytes of a slot, for a message that carries them itself."""

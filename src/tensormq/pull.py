@@ -125,6 +125,7 @@ class _Channel:
         self.open = False
         self.inline = False
         self.ending = False
+        self.ended = False
         # Slots that are leased to this end, in the order of their arrival; when that was, in ns.
         self.leases: dict[int, int] = {}
         self.pidfd: int | None = None
@@ -150,7 +151,9 @@ class _Channel:
                 _expect(slab.size, wire.device_slab_size(offer.slots, offer.slot_bytes))
                 if not 0 <= slab.consumer < wire.CONSUMERS:
                     raise NegotiationError(f"there is no consumer {slab.consumer} of a slab")
-                self._device = self.pull._open(offer, slab, self.abilities.gpu)
+                _expect(slab.words.size, wire.HEADER_BYTES + wire.words_size(offer.slots))
+                words = host.HostMapping(self.abilities.process, offer.nonce, slab.words)
+                self._device = self.pull._open(offer, slab, words.memory, self.abilities.gpu)
                 self._views = host.Views(self._device.view, numpy=False)
             case wire.NoSlab() if offer.carrier is Carrier.INLINE:
                 largest = self.pull._max_slot_bytes
@@ -550,6 +553,28 @@ class Pull:
             self._end(channel)
 
     def _end(self, channel: _Channel) -> None:
+        """Nothing of this channel is held any more."""
+        if channel.ended:
+            return
+        channel.ended = True
+        if self._end_if_quiet(channel) is False:
+            self._loop.ask(lambda: self._end_if_quiet(channel))
+
+    def _end_if_quiet(self, channel: _Channel) -> bool | None:
+        """Whether it did not, or None.
+
+        Unmapping waits for the whole GPU, and with it for what its streams wait for. It would never
+        end where that is another producer, which died and of which only this thread will hear.
+        """
+        if self._gpu:
+            from .cuda import quiet  # noqa: PLC0415
+
+            if not quiet():
+                return False
+        self._forget(channel)
+        return None
+
+    def _forget(self, channel: _Channel) -> None:
         if self._channels.pop(channel.identity, None) is None:
             return
         channel.unmap()
@@ -607,14 +632,17 @@ class Pull:
             return None
         from .cuda import PinnedMemory  # noqa: PLC0415
 
-        return PinnedMemory(memory)
+        return PinnedMemory(memory, str(self._device))
 
-    def _open(self, offer: wire.Offer, slab: wire.DeviceSlab, gpu: str | None) -> DeviceMapping:
+    def _open(
+        self, offer: wire.Offer, slab: wire.DeviceSlab, words: memoryview, gpu: str | None
+    ) -> DeviceMapping:
         from .cuda import DeviceMapping  # noqa: PLC0415
 
         return DeviceMapping(
             offer.nonce,
             slab,
+            words,
             offer.slots,
             offer.slot_bytes,
             str(self._device),
@@ -631,24 +659,32 @@ class Pull:
     # Leaving
 
     def close(self) -> None:
-        """Release what was not taken, say goodbye to every producer, remove the endpoint.
+        """Say goodbye to every producer, which releases what was not taken; remove the endpoint.
 
         Messages that were taken must have been released before.
         """
         if self._closed:
             return
         self._closed = True
-        while (message := self.poll()) is not None:
-            message.release()
+        self._loop.unwatch(self._socket)
+        # What was not taken need not be waited for: the goodbye releases it.
+        self._inbox.clear()
         if self._completions is not None:
             self._completions.close()
             self._completions = None
-        for channel in tuple(self._channels.values()):
-            self._end(channel)
-        self._loop.unwatch(self._socket)
+        if self._can_unmap():
+            for channel in tuple(self._channels.values()):
+                self._forget(channel)
         self._listener.close()
         if self._owns_loop:
             self._loop.close()
+
+    def _can_unmap(self) -> bool:
+        if not self._gpu:
+            return True
+        from .cuda import settle  # noqa: PLC0415
+
+        return settle(self._loop)
 
     def __enter__(self) -> Self:
         return self

@@ -734,21 +734,28 @@ class Push:
         for peer in tuple(self._peers):
             self.disconnect(peer)
             if peer.lost is None:
-                peer.lost = _DISCONNECTED
-                self._drop(peer)
-        for peer in self._severed:
-            self._unwatch(peer)
-        self._severed.clear()
+                self._sever(peer, _DISCONNECTED)
+        for peer in tuple(self._severed):
+            self._bury(peer)
         # What nobody waits for any more is announced to nobody; but the GPU still copies it.
         self._loop.run_until(lambda: self._deferred == 0, timeout=5.0)
         if self._completions is not None:
             self._completions.close()
             self._completions = None
-        for lane in self._lanes.values():
-            lane.close()
+        if self._can_unmap():
+            for lane in self._lanes.values():
+                lane.close()
         self._lanes.clear()
         if self._owns_loop:
             self._loop.close()
+
+    def _can_unmap(self) -> bool:
+        """Whether memory can be freed, for which the whole GPU is waited for."""
+        if self._device is None or not self._device.startswith("cuda"):
+            return True
+        from .cuda import settle  # noqa: PLC0415
+
+        return settle(self._loop)
 
     def __enter__(self) -> Self:
         return self

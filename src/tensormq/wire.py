@@ -27,7 +27,7 @@ import msgspec
 
 from .errors import ProtocolError, TensorTooLarge, UnsupportedTensor
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"TMQ" + bytes([VERSION])
 _MAGIC_BYTES = len(MAGIC)
 MAX_FRAME = 128 * 1024
@@ -169,11 +169,15 @@ class HostSlab(_Frozen, frozen=True, tag="host"):
 
 
 class DeviceSlab(_Frozen, frozen=True, tag="device"):
-    """A CUDA allocation. `consumer`, below CONSUMERS, says which words this consumer writes."""
+    """A CUDA allocation, and its words: a memfd with a header page.
+
+    `consumer`, below CONSUMERS, says which of them this consumer writes.
+    """
 
     handle: bytes
     size: int
     consumer: int
+    words: HostSlab
 
 
 class NoSlab(_Frozen, frozen=True, tag="none"):
@@ -348,9 +352,13 @@ def slot_size(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
 
 
 def device_slab_size(slots: int, slot_bytes: int) -> int:
-    """Bytes of a slab on a GPU: a header page, a word for each slot and end, then the slots."""
-    words = 8 * slots * (1 + CONSUMERS)
-    return HEADER_BYTES + -(-words // HEADER_BYTES) * HEADER_BYTES + slots * slot_bytes
+    """Bytes of a slab on a GPU: a header page, then the slots."""
+    return HEADER_BYTES + slots * slot_bytes
+
+
+def words_size(slots: int) -> int:
+    """Bytes of the words that go with a slab on a GPU: one for each slot and end."""
+    return 8 * slots * (1 + CONSUMERS)
 
 
 class Layout:

@@ -1,0 +1,153 @@
+"""The words that keep the order between two processes on a GPU, with a GPU that is pretended."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from pretended_cuda import Gpu, pretended
+from tensormq import Loop, NegotiationError, Pull, Push, host
+from tensormq.process import this_process
+
+NONCE = 0x1234567890
+DEVICE = "cuda:0"
+
+
+class Ends(NamedTuple):
+    """The two ends of a slab with four slots, as if each was another process'."""
+
+    gpu: Gpu
+    cuda: Any
+    slab: Any
+    mapping: Any
+    stream: int
+    """The producer's; the consumer's is another."""
+
+    def publish(self, slot: int, sequence: int) -> None:
+        consumers, self.gpu.current = self.gpu.current, self.stream
+        self.slab.reuse(slot)
+        self.slab.publish(slot, sequence, ["peer"])
+        self.gpu.current = consumers
+
+
+def mapping_of(cuda: Any, slab: Any, nonce: int = NONCE) -> tuple[Any, int]:
+    offer = slab.offer()
+    words = host.HostMapping(this_process(), NONCE, offer.words).memory
+    mapping = cuda.DeviceMapping(nonce, offer, words, 4, 1024, DEVICE, elsewhere=False)
+    return mapping, offer.consumer
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+    with pretended(monkeypatch) as (gpu, cuda):
+        slab = cuda.DeviceSlab(NONCE, 4, 1024, DEVICE)
+        mapping, consumer = mapping_of(cuda, slab)
+        slab.attach("peer", consumer)
+        gpu.given.clear()
+        yield Ends(gpu, cuda, slab, mapping, gpu.stream())
+        mapping.close()
+        slab.close()
+        left = gpu.allocated, gpu.opened, gpu.registered, cuda._all_words
+        assert left == ({}, [], set(), [])
+
+
+def test_what_is_there_is_not_waited_for(ends: Ends) -> None:
+    for sequence in range(1, 9):
+        slot = sequence % 4
+        ends.publish(slot, sequence)
+        ends.mapping.expect(slot, sequence)
+        ends.mapping.release(slot, sequence)
+    assert ends.gpu.given == ["write", "write"] * 8
+    assert ends.mapping.filled() == [8, 5, 6, 7]
+
+
+def test_the_consumers_stream_waits_for_the_content(ends: Ends) -> None:
+    ends.mapping.expect(0, 1)
+    assert ends.gpu.waits
+    assert not ends.cuda.quiet()
+    ends.publish(0, 1)
+    assert not ends.gpu.waits
+    assert ends.cuda.quiet()
+
+
+def test_the_producers_stream_waits_for_the_last_use(ends: Ends) -> None:
+    ends.publish(0, 1)
+    ends.mapping.expect(1, 2)  # the consumer's stream has something before it can be done with 0
+    ends.mapping.release(0, 1)
+    ends.publish(0, 3)
+    assert ends.mapping.filled()[0] == 1
+    ends.publish(1, 2)  # behind the other: both wait in a circle that only a third could open
+    assert ends.gpu.waits
+    ends.mapping.lift(1, 2)
+    assert not ends.gpu.waits
+    assert ends.mapping.filled()[:2] == [3, 2]
+
+
+def test_a_dead_producer_is_not_waited_for(ends: Ends) -> None:
+    ends.mapping.expect(2, 5)
+    assert ends.mapping.filled()[2] < 5  # it was announced and never completed
+    ends.mapping.lift(2, 5)
+    assert ends.cuda.quiet()
+    assert not ends.gpu.waits
+
+
+def test_a_dead_consumer_is_not_waited_for_and_its_successor_is(ends: Ends) -> None:
+    ends.publish(0, 1)
+    ends.publish(0, 2)
+    assert not ends.cuda.quiet()
+    ends.slab.detach("peer")
+    assert ends.cuda.quiet()
+    assert not ends.gpu.waits
+    successor, consumer = mapping_of(ends.cuda, ends.slab)
+    ends.slab.attach("peer", consumer)
+    ends.publish(0, 3)
+    ends.publish(0, 4)
+    assert ends.gpu.waits
+    successor.release(0, 3)
+    assert not ends.gpu.waits
+    successor.close()
+
+
+def test_memory_is_not_freed_while_another_process_is_waited_for(ends: Ends) -> None:
+    ends.mapping.expect(0, 1)
+    with Loop() as loop:
+        ends.cuda._PATIENCE = 0.01
+        assert not ends.cuda.settle(loop)
+        ends.cuda._PATIENCE = 5.0
+        loop.call_soon(lambda: ends.publish(0, 1))
+        assert ends.cuda.settle(loop)
+
+
+def test_other_memory_is_declined_and_nothing_stays_of_it(ends: Ends) -> None:
+    registered = len(ends.gpu.registered)
+    with pytest.raises(NegotiationError, match="nonce"):
+        mapping_of(ends.cuda, ends.slab, NONCE + 1)
+    assert (len(ends.gpu.opened), len(ends.gpu.registered)) == (1, registered)
+
+
+def test_a_channel_ends_when_no_stream_waits_for_another_producer(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = [True]
+    cuda: Any = ModuleType("tensormq.cuda")
+    cuda.quiet = lambda: not waiting
+    cuda.settle = lambda loop: loop.run_until(cuda.quiet, 0.01)
+    monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
+    with Loop() as loop, Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull:
+        pull._gpu = True
+        monkeypatch.setattr(pull, "_pin", lambda _: None)
+        with Push(slot_bytes=256, loop=loop) as push:
+            peer = push.connect(pull.endpoint)
+            push.send({"x": np.ones(4, np.float32)}, to=peer)
+            pull.recv(timeout=1).release()
+            push.disconnect(peer, timeout=0.05)
+            assert peer.lost is None
+            waiting.clear()
+            assert loop.run_until(lambda: peer.lost is not None, timeout=1)
+        assert not pull._channels
