@@ -33,8 +33,7 @@ class Limits:
     alone: bool = False
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """Drop the requests at `expired`, compute those at `batch` together (indices of the queue).
 
     With an empty `batch`, ask again when something arrives or the device has done something, at
@@ -58,29 +57,28 @@ def decide(
 
     occupied: the device has enough to do, so that only a batch that cannot grow begins now.
     """
-    expired = tuple(i for i, item in enumerate(queue) if 0 < item.deadline < now)
-    gone = set(expired)
+    expired: list[int] = []
     batch: list[int] = []
     rows = 0
-    full = False
+    full = limits.alone
     for index, item in enumerate(queue):
-        if index in gone:
-            continue
-        if batch and (limits.alone or rows + item.rows > limits.max_rows):
+        if 0 < item.deadline < now:
+            expired.append(index)
+        elif not batch or not (full or rows + item.rows > limits.max_rows):
+            batch.append(index)
+            rows += item.rows
+        else:
             full = True
-            break
-        batch.append(index)
-        rows += item.rows
-    if not batch:
-        return Decision(expired, ())
-    full = full or limits.alone or rows >= limits.max_rows
-    if occupied and not full:
-        return Decision(expired, ())
+    late = tuple(expired)
+    full = full or rows >= limits.max_rows
+    if not batch or (occupied and not full):
+        return Decision(late, ())
+    if full or now - busy_until > limits.max_delay:
+        return Decision(late, tuple(batch))
     start = min(_latest_start(queue[index], limits.max_delay) for index in batch)
-    idle = now - busy_until > limits.max_delay
-    if full or idle or now >= start:
-        return Decision(expired, tuple(batch))
-    return Decision(expired, (), wake=start)
+    if now >= start:
+        return Decision(late, tuple(batch))
+    return Decision(late, (), wake=start)
 
 
 def _latest_start(item: Waiting, max_delay: float) -> float:

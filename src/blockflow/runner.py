@@ -182,7 +182,7 @@ class GraphRunner:
 
         Raises ValueError for tensors that do not fit the ports.
         """
-        rows = sum(len(each) for each in next(iter(parts.values()))) if self._batched else 1
+        rows = sum(each.shape[0] for each in next(iter(parts.values()))) if self._batched else 1
         number = bisect.bisect_left(self._sizes, rows)
         if number == len(self._buckets):
             raise ValueError(f"a batch has {rows} rows and may have {self._sizes[-1]}")
@@ -209,7 +209,7 @@ class GraphRunner:
 
     def _piece(self, name: str, place: Tensor, start: int, rows: int) -> Tensor:
         """Some rows of a place. To cut them out anew takes longer than to copy them."""
-        if rows == len(place):
+        if rows == place.shape[0]:
             return place
         return self._single[name][start] if rows == 1 else place[start : start + rows]
 

@@ -166,5 +166,6 @@ class BlockThread:
             self._loop.run_once(None if due == math.inf else max(0.0, due - time.monotonic()))
 
     def _enter(self, block: Block) -> None:
-        self._current = block
-        block.enter()
+        if block is not self._current:
+            self._current = block
+            block.enter()

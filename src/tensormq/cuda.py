@@ -178,7 +178,7 @@ def copy(destination: torch.Tensor, source: host.Tensor) -> None:
         destination.copy_(source.detach(), non_blocking=True)
         return
     to, origin, size = destination.data_ptr(), source.data_ptr(), destination.nbytes
-    _give(index, lambda stream: rt.cudaMemcpyAsync(to, origin, size, _ANY_WAY, stream))
+    _give(index, lambda stream: driver.cuMemcpyAsync(to, origin, size, stream))
 
 
 @contextlib.contextmanager
