@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from blockflow import oip
 from blockflow.artifact import Port
-from blockflow.errors import NotFound
+from blockflow.errors import DeadlineExceeded, NotFound
 from blockflow.gateway.http import ModelStatus
 from blockflow.oip import (
     BlockTiming,
@@ -45,8 +45,8 @@ def model(
 class FakeDispatcher:
     """Answers at once with what a function of the named input arrays gives.
 
-    `gate` holds every answer back while it is clear. `cancelled` is set when an answer that was
-    held back is cancelled.
+    `gate` holds every answer back while it is clear, no longer than its request's own time.
+    `cancelled` is set when an answer that was held back is cancelled.
     """
 
     def __init__(self) -> None:
@@ -75,8 +75,13 @@ class FakeDispatcher:
         self.seen.append(request)
         self.started.set()
         try:
-            while not self.gate.is_set():  # noqa: ASYNC110 -- another thread opens it
-                await asyncio.sleep(0.005)
+            async with asyncio.timeout(request.timeout):
+                while not self.gate.is_set():  # noqa: ASYNC110 -- another thread opens it
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"model {model.name!r} did not answer within {request.timeout:g} s"
+            ) from None
         except asyncio.CancelledError:
             self.cancelled.set()
             raise

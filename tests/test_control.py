@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -22,7 +23,14 @@ from torch import Tensor, nn
 from blockflow.artifact import Store
 from blockflow.client import ControlClient, InferenceClient
 from blockflow.edit import Conflict, StaleGeneration
-from blockflow.errors import BlockFlowError, DeadlineExceeded, InvalidInput, TopologyInvalid
+from blockflow.errors import (
+    BlockFlowError,
+    DeadlineExceeded,
+    InvalidInput,
+    StartFailed,
+    TopologyInvalid,
+)
+from blockflow.supervisor import Child, Supervisor
 from operating import (
     kill_during_updates,
     kill_worker,
@@ -239,6 +247,27 @@ def test_every_worker_is_killed_in_turn_under_load(base: dict[str, Any], directo
         assert life[2][1] == "its process ended with signal 9"
 
 
+def test_a_successor_that_dies_before_the_others_are_back_is_replaced(
+    store: Store, mlp: list[str], directory: Path
+) -> None:
+    with Server(directory, topology(store.root, {"a": {"one": mlp[0], "two": mlp[1]}})) as server:
+        server.wait_ready()
+        dead = [block["pid"] for block in server.control.blocks()]
+        for pid in dead:
+            os.kill(pid, signal.SIGKILL)
+
+        def successors() -> list[int]:
+            ready = [b["pid"] for b in server.control.blocks() if b["state"] == "ready"]
+            return [pid for pid in ready if pid not in {None, *dead}]
+
+        wait_for(lambda: bool(successors()), 30, "a successor")
+        (first,) = successors()
+        os.kill(first, signal.SIGKILL)
+        wait_for(lambda: len(successors()) == 2 and first not in successors(), 60, "successors")
+        server.wait_ready(5)
+        assert server.inference.infer("a", {"x": some_rows()})
+
+
 def test_a_worker_that_stands_still_is_replaced(
     mlp: list[str], base: dict[str, Any], directory: Path
 ) -> None:
@@ -375,6 +404,23 @@ def test_a_generation_that_is_not_ready_in_time_is_rolled_back(
         assert len(server.children) == 4
 
 
+def test_after_a_failed_update_workers_come_back_from_the_store_that_serves(
+    base: dict[str, Any], directory: Path
+) -> None:
+    other = Store(directory / "other", create=True)
+    digest = store_model(other, Mlp(seed=5), 1)[0]
+    with Server(directory, base) as server:
+        server.wait_ready()
+        with pytest.raises(BlockFlowError, match="the old generation keeps serving"):
+            server.control.put_topology(
+                topology(other.root, {"b": {"alone": digest}}), timeout_s=0.3
+            )
+        kill_worker(server, "two")
+        assert server.control.restart("two")["start"] == ["two"]
+        tried, serves = server.control.history()
+        assert (tried["store"], serves["store"]) == (str(other.root), str(base["store"]))
+
+
 def test_kill_9_during_updates_resumes_what_was_acknowledged(
     store: Store, mlp: list[str], directory: Path
 ) -> None:
@@ -441,6 +487,47 @@ def test_logs_and_the_last_events_of_a_block(base: dict[str, Any], directory: Pa
         )  # fmt: skip
         assert "serve" in shown.stdout
         assert '"level": "info"' in server.log.read_text()
+
+
+def test_logs_are_kept_of_all_that_live_and_of_the_last_that_ended(run_dir: Path) -> None:
+    """However long ago the living were started, and also of those that never said hello."""
+    logs = run_dir / "logs"
+    logs.mkdir()
+
+    async def work() -> None:
+        supervisor = Supervisor(run_dir, logs, "info")
+
+        async def spawn(name: str, module: str) -> Child:
+            number = supervisor.next_incarnation()
+            return await supervisor.spawn(name, module, number, ["--name", name], seconds=60)
+
+        worker = await spawn("worker", "blockflow.worker")
+        for _ in range(55):
+            with pytest.raises(StartFailed, match="No module named"):
+                await spawn("stillborn", "blockflow.nowhere")
+        (log,) = logs.glob("*-worker.log")
+        assert len([*logs.glob("*-stillborn.log")]) == 50
+        await worker.kill()
+        supervisor.forget(worker)
+        assert log.exists()
+        assert len([*logs.glob("*-stillborn.log")]) == 49
+        await supervisor.close()
+
+    asyncio.run(work())
+
+
+def test_of_an_earlier_server_the_logs_are_kept_that_were_written_last(run_dir: Path) -> None:
+    """The gateway, for one, was started before all others and ended with them."""
+    logs = [run_dir / f"20260101T000000Z-{number:06d}-any.log" for number in range(60)]
+    for age, log in enumerate(logs):
+        log.touch()
+        os.utime(log, (1e9 - age, 1e9 - age))
+
+    async def work() -> None:
+        await Supervisor(run_dir, run_dir, "info").close()
+
+    asyncio.run(work())
+    assert [log for log in logs if log.exists()] == logs[:50]
 
 
 @pytest.mark.parametrize("tls", [False, True])

@@ -15,12 +15,15 @@ import psutil
 import pytest
 
 from blockflow import mps_daemon
+from blockflow.artifact import Store
 from blockflow.child import cuda_leftovers
-from blockflow.errors import StartFailed
+from blockflow.errors import BlockFlowError, StartFailed, TopologyInvalid
 from blockflow.protocol import Publish
 from blockflow.supervisor import Supervisor
 from mps_peer import GPU, keeper
-from running import wait_for
+from operating import kill_worker
+from running import Mlp, store_model, topology, wait_for
+from test_mps_system import ON_GPU, TESTS, mps_of, pids, serve, with_mps
 
 FAKE = Path(__file__).parent / "fake_mps"
 
@@ -28,6 +31,7 @@ FAKE = Path(__file__).parent / "fake_mps"
 @pytest.fixture(autouse=True)
 def fake_mps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{FAKE}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{TESTS}:{os.environ.get('PYTHONPATH', '')}")
 
 
 def with_supervisor(run_dir: Path, work: Callable[[Supervisor], Awaitable[None]]) -> None:
@@ -153,3 +157,61 @@ def test_missing_programs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_leftovers_of_cuda_are_those_of_one_process() -> None:
     names = ["cuda.shm.3e8.1f.1", "cuda.shm.3e8.1f.22", "cuda.shm.3e8.1f0.1", "cuda.shm.0.1f.1"]
     assert cuda_leftovers([*names, "x"], 1000, 31) == ["cuda.shm.3e8.1f.1", "cuda.shm.3e8.1f.22"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("fake", ["", "closed"])
+def test_a_failed_update_leaves_mps_to_what_serves(
+    store: Store, run_dir: Path, monkeypatch: pytest.MonkeyPatch, fake: str
+) -> None:
+    """Who its clients are, who is none, and whether that may be."""
+    monkeypatch.setenv("FAKE_MPS", fake)
+    digests = store_model(store, Mlp(), 2)
+    damaged = store_model(store, Mlp(seed=5), 1)[0]
+    program = store.path(damaged) / "program.pt2"
+    program.chmod(0o600)
+    program.write_bytes(program.read_bytes()[:-100])
+    blocks = {"one": digests[0], "two": digests[1]}
+    serves = with_mps(topology(store.root, {"a": blocks}, one=ON_GPU, two=ON_GPU), "auto")
+    two = {**serves["blocks"]["two"], "max_batch": 4}
+    failing = {**serves["blocks"], "two": two, "three": {**ON_GPU, "artifact": damaged}}
+    with serve(run_dir, serves) as server:
+        server.wait_ready(120)
+        before = mps_of(server)
+        assert before["clients"] == ({} if fake else pids(server))
+        for setting in ("auto", "on"):
+            with pytest.raises(BlockFlowError, match="the old generation keeps serving"):
+                server.control.put_topology(with_mps({**serves, "blocks": failing}, setting))
+            assert mps_of(server) == before
+        kill_worker(server, "one")
+        assert mps_of(server)["state"] == before["state"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_why_a_gpu_does_without_mps_is_told_of_what_serves(
+    store: Store, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not of what was tried."""
+    programs = run_dir / "bin"  # NVIDIA's are not there yet
+    monkeypatch.setenv("PATH", os.environ["PATH"].replace(str(FAKE), str(programs)))
+    digests = store_model(store, Mlp(), 2)
+    blocks = {"one": digests[0], "two": digests[1]}
+    off = with_mps(topology(store.root, {"a": blocks}, one=ON_GPU, two=ON_GPU), "off")
+    with serve(run_dir, off) as server:
+        server.wait_ready(120)
+        control = server.control
+        with pytest.raises(TopologyInvalid, match="it is on, but MPS cannot be had"):
+            control.put_topology(with_mps(off, "on"))
+        assert mps_of(server) == {"state": "off", "reason": None, "clients": {}}
+        auto = with_mps(off, "auto")
+        control.put_topology(auto)
+        before = mps_of(server)
+        assert before == {"state": "failed", "reason": mps_daemon.missing(), "clients": {}}
+        programs.symlink_to(FAKE)
+        with pytest.raises(BlockFlowError, match="the old generation keeps serving"):
+            control.put_topology(auto, timeout_s=0.1)
+        assert mps_of(server) == before
+        control.put_topology(auto)
+        assert mps_of(server) == {"state": "on", "reason": None, "clients": pids(server)}

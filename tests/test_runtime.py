@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,12 +17,13 @@ from blockflow.artifact import Digest
 from blockflow.block import Block
 from blockflow.cores import available
 from blockflow.errors import StartFailed
-from blockflow.protocol import Route, RouteId, Step, decode_note
+from blockflow.protocol import Hop, Note, Route, RouteId, Step, decode_note, encode
 from blockflow.reconcile import BlockSpec
 from blockflow.runtime import BlockThread, threads_for
 from blockflow.topology import BlockName, PipelineName
 from blockflow.wiring import Source
-from tensormq import Loop, Message, Pull, Push, Request, slot_size
+from tensormq import Loop, Message, Pull, Push, Request, TensorTooLarge, slot_size
+from tensormq.wire import MAX_FRAME
 from test_runner import X, program
 
 DIGEST = Digest("sha256-" + "0" * 64)
@@ -94,9 +96,9 @@ class House:
         self._push = Push(slots=256, slot_bytes=size, device="cpu", loop=self._loop)
         self._peer = self._push.connect(endpoints[0])
 
-    def send(self, number: int, x: Tensor, deadline: float = 0.0) -> None:
+    def send(self, number: int, x: Tensor, deadline: float = 0.0, note: bytes = b"") -> None:
         requests = (Request(number, len(x), deadline),)
-        self._push.send({"x": x}, to=self._peer, requests=requests, route=1, timeout=30)
+        self._push.send({"x": x}, to=self._peer, requests=requests, route=1, note=note, timeout=30)
 
     def answers(self, count: int, seconds: float = 60) -> dict[int, Tensor | str]:
         """The next answers: a tensor, or what went wrong."""
@@ -118,6 +120,11 @@ class House:
         for number, x in asked.items():
             assert torch.equal(torch.as_tensor(found[number]), x + added)
         assert self.fatal == []
+
+    def all_inputs_are_given_back(self) -> bool:
+        lane = self._peer._lane
+        assert lane is not None
+        return self._loop.run_until(lambda: lane.pool.free == 256, 10)
 
     def close(self) -> None:
         for thread in self.threads:
@@ -256,6 +263,75 @@ def test_a_batch_that_fails_is_computed_one_by_one(
     while (report := house.blocks[0].reports()[0]).requests != {"p": 5}:
         assert time.monotonic() < end, report
     assert report.failures == 1
+    house.close()
+    caplog.clear()  # the traceback holds on to what it passed through
+
+
+def test_outputs_of_another_dtype_or_shape_fail_their_request_alone(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A TorchScript model may decide by its data what it gives."""
+
+    def moody(x: Tensor) -> Tensor:
+        if (x > 19).any():
+            return x.to_sparse()
+        if (x > 9).any():
+            return x.int()
+        return x[:, :2] if (x < 0).any() else x
+
+    house = House(directory, [moody], (0,))
+    for number, value in enumerate((1.0, 10.0, -1.0, 2.0, 20.0)):
+        house.send(number, torch.full((1, 3), value))
+    found = house.answers(5)
+    promised = "and should give torch.float32 [1, 3]"
+    assert found.pop(1) == f"block b0 gave x as torch.int32 [1, 3] {promised}"
+    assert found.pop(2) == f"block b0 gave x as torch.float32 [1, 2] {promised}"
+    assert "as a torch.sparse_coo tensor" in str(found.pop(4))
+    assert {n: torch.as_tensor(x).unique().tolist() for n, x in found.items()} == {0: [1], 3: [2]}
+    house.close()
+    caplog.clear()
+
+
+def test_what_cannot_be_sent_fails_once_and_the_block_goes_on(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Times of requests that do not fit into one message: of two together, and of one with one hop
+    more."""
+    began, gate = threading.Event(), threading.Event()
+    gate.set()
+
+    def held(x: Tensor) -> Tensor:
+        began.set()
+        assert gate.wait(30)
+        return x + 1
+
+    def timed(size: int) -> bytes:
+        return encode(Note(hops=((Hop(BlockName("b" * size), 0.0, 0.0, 0.0),),)))
+
+    house = House(directory, [held], (0,))
+    began.clear()
+    gate.clear()
+    house.send(0, torch.zeros(1, 3))
+    assert began.wait(30)
+    for number in (1, 2):
+        house.send(number, torch.zeros(1, 3), note=timed(MAX_FRAME * 2 // 3))
+    gate.set()
+    found = house.answers(3)
+    for size in range(MAX_FRAME, 0, -8):  # as much as one message carries
+        with contextlib.suppress(TensorTooLarge):
+            house.send(3, torch.zeros(1, 3), note=timed(size))
+            break
+    found |= house.answers(1)
+    for number in (1, 2, 3):
+        assert str(found.pop(number)).startswith(
+            "block b0 failed: TensorTooLarge: the descriptor has "
+        )
+    house.send(4, torch.zeros(1, 3))
+    found |= house.answers(1)  # of the others nothing more has come before it
+    assert {n: torch.as_tensor(x).unique().tolist() for n, x in found.items()} == {0: [1], 4: [1]}
+    assert house.all_inputs_are_given_back()
+    assert house.fatal == []
+    assert house.blocks[0].reports()[0].failures == 3
     house.close()
     caplog.clear()  # the traceback holds on to what it passed through
 

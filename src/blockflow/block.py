@@ -17,12 +17,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import msgspec
 import torch
 from torch import Tensor
 
-from blockflow.artifact import BATCH
+from blockflow.artifact import BATCH, Port
 from blockflow.batching import Limits, Waiting, decide
 from blockflow.cores import Cores
 from blockflow.counting import BATCH_SIZES, BLOCK_SECONDS, Buckets
@@ -33,7 +34,6 @@ from blockflow.errors import (
     Overloaded,
     Unavailable,
 )
-from blockflow.export import has_rows
 from blockflow.handover import (
     Arrival,
     Item,
@@ -73,6 +73,7 @@ from tensormq import (
     Pull,
     Push,
     Request,
+    TensorMQError,
     slot_size,
 )
 
@@ -92,6 +93,9 @@ _MOST_JOINING = 1024
 """Requests that wait for a part of theirs: far more than credits let be under way."""
 _LONGEST_ERROR = 2000
 """Characters of a model's error that clients get to see."""
+
+_Forms: TypeAlias = Mapping[str, tuple[torch.dtype, torch.Size]]
+"""The dtype and shape of a tensor, by the name of its port."""
 
 
 @dataclass
@@ -150,8 +154,9 @@ class Block:
         self._local_counts: dict[BlockName, list[int]] = {}
         self._counts = _Counts()
         self._notes: dict[bytes, Note] = {}
-        # What an input must be, by its name and the number of rows.
-        self._wanted: dict[tuple[str, int], tuple[torch.dtype, torch.Size]] = {}
+        # What inputs and outputs must be, by the number of rows.
+        self._takes: dict[int, _Forms] = {}
+        self._gives: dict[int, _Forms] = {}
         self._busy_until = float("-inf")
         self._next_look = 0.0
         self._stream: torch.cuda.Stream | None = None
@@ -544,7 +549,7 @@ class Block:
             outputs = self._runner.run()
             computed = None
         if not self._runner.static:
-            self._check_rows(outputs, sum(item.request.rows for item in batch))
+            self._check(outputs, sum(item.request.rows for item in batch))
         hops = [self._hops(item, started, computed) for item in batch]
         if self._launches is not None and began is not None:
             pairs = zip(batch, hops, strict=True)
@@ -609,9 +614,10 @@ class Block:
         tensor = arrival.tensors[name]
         if rows is not None:
             tensor = tensor[rows]
-        wanted = self._wanted.get((port, count))
-        if wanted is None:
-            wanted = self._wanted[port, count] = self._expect(port, count)
+        forms = self._takes.get(count)
+        if forms is None:
+            forms = self._takes[count] = _forms(self._program.manifest.inputs, count)
+        wanted = forms[port]
         if (tensor.dtype, tensor.shape) != wanted:
             raise BlockFailed(
                 f"block {self.spec.name} was given {port} as {tensor.dtype} {list(tensor.shape)} "
@@ -623,17 +629,24 @@ class Block:
             return tensor.clone()
         return tensor.to(self._device, non_blocking=True)
 
-    def _expect(self, port: str, count: int) -> tuple[torch.dtype, torch.Size]:
-        known = next(each for each in self._program.manifest.inputs if each.name == port)
-        return getattr(torch, known.dtype), torch.Size(known.sized(count))
-
-    def _check_rows(self, outputs: Mapping[str, Tensor], rows: int) -> None:
-        """Raises BlockFailed where it cannot be told which rows are whose."""
-        for port in self._program.manifest.outputs:
-            if has_rows(port) and outputs[port.name].shape[:1] != (rows,):
+    def _check(self, outputs: Mapping[str, Tensor], rows: int) -> None:
+        """Raises BlockFailed for what does not fit the ports, as a TorchScript model may give that
+        decides by its data: whoever reads it takes it for what the manifest says, and it could not
+        be told which rows are whose."""
+        forms = self._gives.get(rows)
+        if forms is None:
+            forms = self._gives[rows] = _forms(self._program.manifest.outputs, rows)
+        for port, wanted in forms.items():
+            tensor = outputs[port]
+            if (tensor.dtype, tensor.shape) != wanted:
                 raise BlockFailed(
-                    f"block {self.spec.name} gave {port.name} as "
-                    f"{list(outputs[port.name].shape)} for {rows} rows"
+                    f"block {self.spec.name} gave {port} as {tensor.dtype} {list(tensor.shape)} "
+                    f"and should give {wanted[0]} {list(wanted[1])}"
+                )
+            if tensor.layout is not torch.strided:
+                raise BlockFailed(
+                    f"block {self.spec.name} gave {port} as a {tensor.layout} tensor, and should "
+                    "give a dense one"
                 )
 
     # Handing on
@@ -686,7 +699,7 @@ class Block:
                 route=parcel.items[0].route,
                 note=parcel.note,
             )
-        except PeerLost as error:
+        except TensorMQError as error:
             self._fail_items(parcel.items, error, (parcel.leg,))
 
     def _lend(
@@ -795,6 +808,10 @@ class Block:
         for part in self._joins.forget([key for key in self._joins if key[0] in gone]):
             part.arrival.drop()
         self._ways.forget(gone)
+
+
+def _forms(ports: Iterable[Port], rows: int) -> _Forms:
+    return {port.name: (getattr(torch, port.dtype), torch.Size(port.sized(rows))) for port in ports}
 
 
 def _wait_for(

@@ -104,9 +104,8 @@ class Controller:
         self._supervisor = Supervisor(run_dir, state.logs, options.log_level)
         self._mps = Mps(self._supervisor, run_dir, self._lose_gpu)
         self._sharing: set[Worker] = set()
-        # The one for topologies that name none: what was chosen, or what the last one named.
-        self._store = options.store and options.store.resolve()
-        self._deployed = Deployed(Generation(0), Topology(store=None), {}, {}, {})
+        store = options.store and options.store.resolve()
+        self._deployed = Deployed(Generation(0), Topology(store=None), store, {}, {}, {})
         self._passing: list[Worker] = []
         self._leaving: tuple[Road, ...] = ()
         self._gateway: Child | None = None
@@ -174,15 +173,15 @@ class Controller:
             old = self._deployed
             terms.check(old.generation)
             topology = await asyncio.to_thread(change, old.topology)
-            store, manifests = await self._examine(topology)
+            store, manifests = await self._examine(topology, old.store)
+            number = old.generation
+            if not terms.dry_run:
+                number = await asyncio.to_thread(self._state.next_number)
             mps = await self._prepare_mps(topology, terms.dry_run)
             plan = reconcile.diff(
                 {name: worker.spec for name, worker in old.workers.items()},
                 reconcile.plan_workers(topology, mps),
             )
-            number = old.generation
-            if not terms.dry_run:
-                number = await asyncio.to_thread(self._state.next_number)
             result = ApplyResult(
                 generation=number,
                 dry_run=terms.dry_run,
@@ -193,9 +192,8 @@ class Controller:
             )
             if terms.dry_run:
                 return result
-            self._store = store
             kept = {spec.name: old.workers[spec.name] for spec in plan.keep}
-            new = Deployed(number, topology, manifests, kept, roads={})
+            new = Deployed(number, topology, store, manifests, kept, roads={})
             try:
                 new = await self._launch(new, plan.start, terms.timeout_s)
                 # Written down before it serves: what was acknowledged is never forgotten, and a
@@ -250,15 +248,10 @@ class Controller:
             if terms.dry_run:
                 return result
             others = {name: each for name, each in before.workers.items() if each is not old}
-            new = replace(before, workers=others)
-            affected = [
-                pipeline
-                for pipeline in map(PipelineName, before.topology.pipelines)
-                if pipeline not in before.roads or old in before.roads[pipeline].workers
-            ]
+            new = before.with_workers(others)
             try:
                 new = await self._launch(
-                    new, (old.spec,), terms.timeout_s, affected, restarts=old.restarts + 1
+                    new, (old.spec,), terms.timeout_s, restarts=old.restarts + 1
                 )
             except BaseException as error:
                 await self._give_up(new)
@@ -277,10 +270,11 @@ class Controller:
         """
         if not self._options.allow_uploads:
             raise UploadsOff("this server takes no artifacts; start it with --allow-uploads")
-        if self._store is None:
+        directory = self._deployed.store
+        if directory is None:
             raise InvalidInput("this server has no store yet; start it with --store")
         async with self._uploads:
-            store = await asyncio.to_thread(Store, self._store, create=True)
+            store = await asyncio.to_thread(Store, directory, create=True)
             manifest = await upload.receive(store, digest, body, self._options.max_upload_bytes)
         log.info("artifact %s was uploaded", digest)
         return manifest
@@ -337,7 +331,7 @@ class Controller:
         return reporting.pipelines(now.topology, now.models(), self._gateway, self._no_gateway)
 
     def mps(self) -> Mapping[str, devices.Mps]:
-        return self._mps.status()
+        return self._mps.status(reconcile.mps_wanted(self._deployed.topology))
 
     def waiting(self) -> list[str]:
         """What should serve and does not, and why. An update that is under way is not counted."""
@@ -373,16 +367,21 @@ class Controller:
 
     # Deciding
 
-    async def _examine(self, topology: Topology) -> tuple[Path | None, dict[Digest, Manifest]]:
-        """Read what the store says of the topology's artifacts. Raises TopologyInvalid."""
+    async def _examine(
+        self, topology: Topology, default: Path | None
+    ) -> tuple[Path | None, dict[Digest, Manifest]]:
+        """The topology's store, `default` if it names none, and what that says of its artifacts.
+
+        Raises TopologyInvalid.
+        """
         problems = []
-        store = self._store
+        store = default
         if topology.store is not None:
             # Links are followed: one directory is one store, however it is written.
             store = await asyncio.to_thread(Path(topology.store).resolve)
-            if self._options.store is not None and store != self._store:
+            if self._options.store is not None and store != default:
                 problems.append(
-                    f"store: this server was told to work with {self._store}, not with {store}; "
+                    f"store: this server was told to work with {default}, not with {store}; "
                     "leave `store` out"
                 )
         elif store is None and topology.blocks:
@@ -399,10 +398,11 @@ class Controller:
     async def _resume(self, last: GenerationRecord) -> None:
         """Serve what served last. A block that fails now is repaired as if it had failed later."""
         async with self._lock:
-            if self._store is None and last.store is not None:
-                self._store = Path(last.store)
+            store = self._deployed.store
+            if store is None and last.store is not None:
+                store = Path(last.store)
             try:
-                self._store, manifests = await self._examine(last.topology)
+                store, manifests = await self._examine(last.topology, store)
             except TopologyInvalid as error:
                 which = f"generation {last.generation}, which served last"
                 raise TopologyInvalid([f"{which}: {each}" for each in error.problems]) from error
@@ -410,12 +410,12 @@ class Controller:
             specs = reconcile.plan_workers(last.topology, mps)
             workers = {name: Worker(spec) for name, spec in specs.items()}
             self._deployed = Deployed(
-                Generation(last.generation), last.topology, manifests, workers, {}
+                Generation(last.generation), last.topology, store, manifests, workers, {}
             )
             await self._publish()
             await asyncio.gather(*(self._bring_up_or_mark(each) for each in workers.values()))
             try:
-                self._deployed = await self._with_roads(self._deployed, last.topology.pipelines)
+                self._deployed = await self._with_roads(self._deployed)
             except StartFailed as error:
                 # Whoever replaces the worker that died meanwhile connects everything.
                 if all(worker.state is not BlockState.FAILED for worker in workers.values()):
@@ -427,7 +427,7 @@ class Controller:
 
     async def _bring_up_or_mark(self, worker: Worker) -> None:
         try:
-            await self._bring_up(worker, self._options.ready_timeout_s)
+            await self._bring_up(worker, self._deployed, self._options.ready_timeout_s)
         except StartFailed as error:
             await self._stop(worker)
             log.warning("worker %s cannot be started: %s", worker.spec.name, error)
@@ -441,7 +441,6 @@ class Controller:
         target: Deployed,
         specs: Iterable[WorkerSpec],
         timeout_s: float | None,
-        pipelines: Iterable[str] | None = None,
         *,
         restarts: int | None = None,
     ) -> Deployed:
@@ -464,7 +463,7 @@ class Controller:
             for spec in specs
         ]
         self._passing = workers
-        outcomes = await self._bring_up_together(workers, seconds)
+        outcomes = await self._bring_up_together(workers, target, seconds)
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for failure in failures:
             if not isinstance(failure, StartFailed):
@@ -476,9 +475,8 @@ class Controller:
             raise error("; ".join(str(failure) for failure in failures))
         started = {worker.spec.name: worker for worker in workers}
         target = replace(target, workers={**target.workers, **started})
-        wanted = target.topology.pipelines if pipelines is None else pipelines
         try:
-            target = await self._with_roads(target, wanted)
+            target = await self._with_roads(target)
         except StartFailed as error:
             raise StartFailed(f"the blocks cannot be connected: {error}") from error
         for worker in workers:
@@ -530,9 +528,9 @@ class Controller:
         def write() -> None:
             # A generation that failed uses nothing.
             topology = deployed.topology if reason is None else Topology(store=None)
-            with _in_use(self._store, topology, self._state.file):
+            with _in_use(deployed.store, topology, self._state.file):
                 self._state.record(
-                    deployed.generation, deployed.topology, self._store, verb, reason
+                    deployed.generation, deployed.topology, deployed.store, verb, reason
                 )
 
         await asyncio.to_thread(write)
@@ -544,7 +542,7 @@ class Controller:
             await self._record(deployed, verb, reason)
 
     async def _bring_up_together(
-        self, workers: Sequence[Worker], seconds: float
+        self, workers: Sequence[Worker], target: Deployed, seconds: float
     ) -> list[BaseException | None]:
         """What became of each of them after `seconds` at most.
 
@@ -563,7 +561,7 @@ class Controller:
                         f"worker {worker.spec.name} was not begun within {seconds:.3g} s: those "
                         "before it took all of them"
                     )
-                await self._bring_up(worker, left)
+                await self._bring_up(worker, target, left)
 
         return await asyncio.gather(*map(bring_up, workers), return_exceptions=True)
 
@@ -578,8 +576,11 @@ class Controller:
             found[protocol.MACHINE_CODE] = str(self._state.machine_code)
         return found
 
-    async def _bring_up(self, worker: Worker, seconds: float) -> None:
-        """Start a worker's process and have it load and warm its blocks. Raises StartFailed."""
+    async def _bring_up(self, worker: Worker, target: Deployed, seconds: float) -> None:
+        """Start the process of a worker of `target`, and have it load and warm its blocks.
+
+        Raises StartFailed.
+        """
         spec = worker.spec
         end = asyncio.get_running_loop().time() + seconds
         incarnation = self._supervisor.next_incarnation()
@@ -603,12 +604,13 @@ class Controller:
                 self._sharing.add(worker)
                 blocks = tuple(msgspec.structs.replace(b, device=MPS_DEVICE) for b in blocks)
             load = protocol.Load(
-                str(self._store), blocks, tuple(worker.endpoints.values()), spec.chains
+                str(target.store), blocks, tuple(worker.endpoints.values()), spec.chains
             )
             left = max(0.0, end - asyncio.get_running_loop().time())
             await worker.child.command(load, left)
             if spec.mps:
-                await self._mps.admit(spec.device, spec.name, worker.child.pid)
+                must = target.needs_mps(spec.device)
+                await self._mps.admit(spec.device, spec.name, worker.child.pid, must=must)
         except StartFailed as error:
             self._journal.write(EventKind.WORKER_FAILED, spec.name, str(error))
             raise
@@ -624,7 +626,7 @@ class Controller:
             await worker.child.stop(seconds, lambda: self._part(worker))
             self._supervisor.forget(worker.child)
             self._sharing.discard(worker)
-            self._mps.dismiss(worker.spec.device, worker.spec.name, worker.child.pid)
+            self._mps.dismiss(worker.spec.device, worker.child.pid)
             if alive:
                 self._journal.write(EventKind.WORKER_STOPPED, worker.spec.name)
 
@@ -651,15 +653,15 @@ class Controller:
         self._gateway.on_exit = self._mourn_gateway
         self._journal.write(EventKind.GATEWAY_STARTED, "gateway")
 
-    async def _with_roads(self, deployed: Deployed, pipelines: Iterable[str]) -> Deployed:
-        """Lay a new route for each of `pipelines` whose workers are ready, and connect it.
+    async def _with_roads(self, deployed: Deployed) -> Deployed:
+        """Lay a route for each pipeline that has none and whose workers are ready, and connect it.
 
         Raises StartFailed when a worker or the gateway cannot connect; the routes are forgotten.
         """
         roads = {
             name: road
-            for name in map(PipelineName, pipelines)
-            if (road := self._plan_road(deployed, name)) is not None
+            for name in map(PipelineName, deployed.topology.pipelines)
+            if name not in deployed.roads and (road := self._plan_road(deployed, name)) is not None
         }
         try:
             await self._tell(roads.values(), protocol.Connect)
@@ -898,12 +900,11 @@ class Controller:
         """Bring up a successor, without MPS where it cannot be had any more. Raises StartFailed."""
         spec = worker.spec
         if spec.mps:
-            must = reconcile.mps_wanted(self._deployed.topology).get(spec.device, False)
             problem = await self._mps.obtain(spec.device)
-            if problem is not None and must:
+            if problem is not None and self._deployed.needs_mps(spec.device):
                 raise StartFailed(f"MPS is on for {spec.device}, but cannot be had: {problem}")
             worker.spec = msgspec.structs.replace(spec, mps=problem is None)
-        await self._bring_up(worker, self._options.ready_timeout_s)
+        await self._bring_up(worker, self._deployed, self._options.ready_timeout_s)
 
     async def _renew_mps(self, gpus: Collection[str]) -> None:
         """Have MPS started anew where nobody uses it, for a fault may have left it unusable."""
@@ -933,22 +934,12 @@ class Controller:
     async def _install(self, pairs: Sequence[tuple[Worker, Worker]]) -> None:
         """Route around the dead of `pairs` through their successors. Raises StartFailed."""
         now = self._deployed
-        dead = [worker for worker, _ in pairs]
-        affected = [
-            name
-            for name, road in now.roads.items()
-            if any(worker in road.workers for worker in dead)
-        ]
-        affected += [
-            name for name in map(PipelineName, now.topology.pipelines) if name not in now.roads
-        ]
         successors = {successor.spec.name: successor for _, successor in pairs}
-        new = replace(now, workers={**now.workers, **successors})
-        self._deployed = await self._with_roads(new, affected)
+        new = now.with_workers({**now.workers, **successors})
+        self._deployed = await self._with_roads(new)
         await self._publish()
-        old = [road for name, road in now.roads.items() if self._deployed.roads[name] is not road]
-        await self._forget(old)
-        await asyncio.gather(*(self._stop(worker) for worker in dead))
+        await self._forget(road for name, road in now.roads.items() if name not in new.roads)
+        await asyncio.gather(*(self._stop(worker) for worker, _ in pairs))
 
     async def _replace_gateway(self) -> None:
         for attempt in itertools.count():
@@ -956,7 +947,7 @@ class Controller:
                 try:
                     old = self._deployed
                     await self._start_gateway()
-                    self._deployed = await self._with_roads(old, old.topology.pipelines)
+                    self._deployed = await self._with_roads(replace(old, roads={}))
                     await self._publish()
                     await self._forget(old.roads.values())
                 except StartFailed as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from blockflow import protocol, reconcile
 from blockflow.artifact import Digest, Manifest
@@ -71,9 +72,12 @@ class Deployed:
 
     generation: Generation
     topology: Topology
+    store: Path | None
+    """Where its artifacts are, and those of its successor if that names no store."""
     manifests: Mapping[Digest, Manifest]
     workers: Mapping[WorkerName, Worker]
     roads: Mapping[PipelineName, Road]
+    """They lead through `workers` alone. A pipeline has none until all of its workers are ready."""
 
     def home(self, block: BlockName) -> Worker:
         """The worker of a block. Raises NotFound."""
@@ -82,6 +86,16 @@ class Deployed:
                 return worker
         known = ", ".join(self.topology.blocks) or "none"
         raise NotFound(f"there is no block {block}; there are: {known}")
+
+    def with_workers(self, workers: Mapping[WorkerName, Worker]) -> Deployed:
+        """The same with other workers, and without the roads that lead through any that left."""
+        stay = set(workers.values())
+        roads = {name: road for name, road in self.roads.items() if stay.issuperset(road.workers)}
+        return replace(self, workers=workers, roads=roads)
+
+    def needs_mps(self, device: str) -> bool:
+        """Whether MPS is on for a GPU, so that no worker there may do without."""
+        return reconcile.mps_wanted(self.topology).get(device, False)
 
     def models(self) -> list[protocol.Model]:
         """Every pipeline as clients may see it now."""
@@ -95,20 +109,27 @@ class Deployed:
             route = road.route.id if road is not None and broken is None else None
             # Requests still go to a worker in doubt: it may only be slow.
             reason = road.doubt if road is not None and broken is None else broken
-            returning = road is not None and all(
-                worker.state is not BlockState.FAILED or worker.returning for worker in road.workers
+            returning = all(
+                worker.state is BlockState.READY or worker.returning
+                for worker, _ in self._homes(name)
             )
             models.append(protocol.Model(metadata, route, reason, returning))
         return models
 
     def _missing(self, name: PipelineName) -> str:
         """Why a pipeline has no route."""
-        blocks = self.topology.pipelines[name].members
+        for worker, block in self._homes(name):
+            if worker.state is not BlockState.READY:
+                return f"block {block} is {worker.state}: {worker.reason or 'it loads'}"
+        return "it is being connected"
+
+    def _homes(self, name: PipelineName) -> Iterator[tuple[Worker, BlockName]]:
+        """The workers of a pipeline, with each of its blocks there."""
+        members = self.topology.pipelines[name].members
         for worker in self.workers.values():
             for block in worker.spec.blocks:
-                if block.name in blocks and worker.state is not BlockState.READY:
-                    return f"block {block.name} is {worker.state}: {worker.reason or 'it loads'}"
-        return "it is being connected"
+                if block.name in members:
+                    yield worker, block.name
 
 
 def silence(child: Child) -> str | None:

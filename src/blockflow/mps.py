@@ -33,9 +33,10 @@ class _Daemon:
     keeper: Child
     directory: Path
     gpu: str
-    clients: dict[str, int] = field(default_factory=dict)
-    strays: dict[str, str] = field(default_factory=dict)
-    """Workers that should be clients and are not, with the reason."""
+    # By pid: a worker and the one that is to replace it have the same name.
+    clients: dict[int, str] = field(default_factory=dict)
+    strays: dict[int, str] = field(default_factory=dict)
+    """Why workers that should be clients are not."""
 
 
 class Mps:
@@ -53,7 +54,7 @@ class Mps:
         self._on_lost = on_lost
         self._daemons: dict[str, _Daemon] = {}
         self._problems: dict[str, str] = {}
-        self._required: set[str] = set()
+        """Why MPS could not be had on a GPU, until `keep` hears that it is used there."""
         self._lock = asyncio.Lock()
 
     async def prepare(self, wanted: Mapping[str, bool], dry_run: bool = False) -> frozenset[str]:
@@ -78,9 +79,6 @@ class Mps:
                     for device in musts
                 ]
             )
-        if not dry_run:
-            self._problems = lacking
-            self._required = {device for device, must in wanted.items() if must}
         return frozenset(wanted.keys() - lacking.keys())
 
     async def obtain(self, device: str) -> str | None:
@@ -91,9 +89,7 @@ class Mps:
                 await self._ensure(device)
             except StartFailed as error:
                 problem = str(error)
-        if problem is None:
-            self._problems.pop(device, None)
-        elif self._problems.get(device) != problem:
+        if problem is not None and self._problems.get(device) != problem:
             log.warning("%s is without MPS: %s", device, problem)
             self._problems[device] = problem
         return problem
@@ -103,10 +99,10 @@ class Mps:
         daemon = await self._ensure(device)
         return {mps_daemon.PIPES: str(daemon.directory), "CUDA_VISIBLE_DEVICES": daemon.gpu}
 
-    async def admit(self, device: str, worker: str, pid: int) -> None:
+    async def admit(self, device: str, worker: str, pid: int, *, must: bool) -> None:
         """Check that the worker has joined: one that did not would silently take turns instead.
 
-        Where MPS need not be, it is only logged and told in `status`. Raises StartFailed.
+        Unless it `must`, it is only logged and told in `status`. Raises StartFailed.
         """
         daemon = self._daemons.get(device)
         if daemon is None:
@@ -117,19 +113,19 @@ class Mps:
         except StartFailed as error:
             problem = f"nobody knows whether worker {worker} joined it: {error}"
         if problem is None:
-            daemon.clients[worker] = pid
-            daemon.strays.pop(worker, None)
-        elif device in self._required:
+            daemon.clients[pid] = worker
+        elif must:
             raise StartFailed(f"MPS is on for {device}, but {problem}")
         else:
             log.warning("MPS of %s: %s", device, problem)
-            daemon.strays[worker] = problem
+            daemon.strays[pid] = problem
 
-    def dismiss(self, device: str, worker: str, pid: int) -> None:
+    def dismiss(self, device: str, pid: int) -> None:
         """Forget a worker whose process has ended."""
         daemon = self._daemons.get(device)
-        if daemon is not None and daemon.clients.get(worker) == pid:
-            del daemon.clients[worker]
+        if daemon is not None:
+            daemon.clients.pop(pid, None)
+            daemon.strays.pop(pid, None)
 
     async def terminate(self, device: str, pid: int) -> bool:
         """Take a worker's work off the GPU before it is killed; whether that was done."""
@@ -144,6 +140,8 @@ class Mps:
 
     async def keep(self, used: Collection[str]) -> None:
         """Stop the daemons of other GPUs than those in `used`."""
+        for device in used:
+            self._problems.pop(device, None)
         async with self._lock:
             for device in self._daemons.keys() - set(used):
                 await self._stop(device)
@@ -156,17 +154,18 @@ class Mps:
     async def close(self) -> None:
         await self.keep(())
 
-    def status(self) -> dict[str, devices.Mps]:
-        """What is known of each GPU that has or should have MPS."""
+    def status(self, wanted: Collection[str]) -> dict[str, devices.Mps]:
+        """What is known of each GPU that has MPS, or should have it: those are `wanted`."""
         known = {
             device: devices.Mps(state="failed", reason=problem)
             for device, problem in self._problems.items()
+            if device in wanted
         }
         for device, daemon in self._daemons.items():
             known[device] = devices.Mps(
                 state="failed" if daemon.strays else "on",
                 reason="; ".join(daemon.strays.values()) or None,
-                clients=dict(daemon.clients),
+                clients={worker: pid for pid, worker in daemon.clients.items()},
             )
         return known
 

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +31,7 @@ _LOOK_EVERY = 0.25
 _LARGEST_LOG = 16 << 20
 _LARGEST_TAIL = 256 << 10
 _KEPT_LOGS = 50
-"""Logs of processes that have ended."""
+"""Of processes that have ended."""
 
 
 class Patience:
@@ -68,6 +69,7 @@ class Child:
         self.name = name
         self.incarnation = incarnation
         self.pid = process.pid
+        self.log_file = log_file
         self.report: protocol.WorkerReport | protocol.GatewayReport | None = None
         self.on_exit: Callable[[str], None] | None = None
         self.silent = 0.0
@@ -76,7 +78,6 @@ class Child:
         self._patience = Patience(2 * _LOOK_EVERY)
         self._verdict: str | None = None
         self._process = process
-        self._log_file = log_file
         self._send = send
         self._sequences = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[None]] = {}
@@ -134,7 +135,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._exited
-        _cut(self._log_file, _LARGEST_TAIL)
+        _cut(self.log_file, _LARGEST_TAIL)
 
     def condemn(self, reason: str) -> None:
         """Kill it for `reason`; what follows is what follows every death."""
@@ -146,12 +147,12 @@ class Child:
         """Note how long it has been silent, and keep its log within bounds."""
         self.silent = self._patience.look(now, (self._heard,))
         with contextlib.suppress(OSError):
-            if self._log_file.stat().st_size > _LARGEST_LOG:
-                _cut(self._log_file, _LARGEST_TAIL)
+            if self.log_file.stat().st_size > _LARGEST_LOG:
+                _cut(self.log_file, _LARGEST_TAIL)
 
     def log_lines(self, count: int) -> list[str]:
         """The last lines that it wrote, at most `count`, and at most 256 KiB of them."""
-        return _last_lines(self._log_file, count)
+        return _last_lines(self.log_file, count)
 
     def hear(self, message: protocol.FromChild) -> None:
         self._heard += 1
@@ -184,7 +185,7 @@ class Child:
         remove_cuda_leftovers(self.pid)
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         reason = self._verdict or f"its process ended with {how}"
-        last_words = _last_lines(self._log_file, 1)
+        last_words = _last_lines(self.log_file, 1)
         if last_words and status >= 0:
             reason += f"; its last words: {last_words[0][:_LAST_WORDS]}"
         if self.on_exit is not None:
@@ -202,7 +203,8 @@ class Supervisor:
     def __init__(self, run_dir: Path, logs: Path, log_level: str) -> None:
         self._logs = logs
         self._began = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        _keep_newest(logs, _KEPT_LOGS)
+        self._ended_logs = deque(_in_order_of_their_ends(logs))
+        self._remove_old_logs()
         self._run_dir = run_dir
         self._log_level = log_level
         self._incarnations = itertools.count(1)
@@ -268,18 +270,25 @@ class Supervisor:
             await child.greeted(seconds)
         except BaseException:
             await child.kill()
+            self.forget(child)
             raise
         return child
 
     def forget(self, child: Child) -> None:
-        self._children.pop(str(child.incarnation).encode(), None)
-        _keep_newest(self._logs, len(self._children) + _KEPT_LOGS)
+        """Have done with a child that has ended; more than once is as good as once."""
+        if self._children.pop(str(child.incarnation).encode(), None) is not None:
+            self._ended_logs.append(child.log_file)
+            self._remove_old_logs()
 
     async def close(self) -> None:
         self._ears.cancel()
         self._eyes.cancel()
         await asyncio.gather(self._ears, self._eyes, return_exceptions=True)
         self._socket.close()
+
+    def _remove_old_logs(self) -> None:
+        while len(self._ended_logs) > _KEPT_LOGS:
+            self._ended_logs.popleft().unlink(missing_ok=True)
 
     async def _listen(self) -> None:
         while True:
@@ -313,10 +322,9 @@ def _cut(log_file: Path, size: int) -> None:
         file.truncate()
 
 
-def _keep_newest(logs: Path, count: int) -> None:
-    # Their names begin with the time at which their server did, and their number in it.
-    for old in sorted(logs.glob("*.log"))[: -count or None]:
-        old.unlink(missing_ok=True)
+def _in_order_of_their_ends(logs: Path) -> list[Path]:
+    """The logs of processes that have all ended, as far as their last words tell when."""
+    return sorted(logs.glob("*.log"), key=lambda log: log.stat().st_mtime_ns)
 
 
 def _last_lines(log_file: Path, count: int) -> list[str]:

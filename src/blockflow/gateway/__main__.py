@@ -17,7 +17,7 @@ import signal
 import socket
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 import uvloop
@@ -52,12 +52,12 @@ class Gateway:
             queue_depth=options.queue_depth,
             slowdown=options.max_slowdown,
             timeout=options.request_timeout,
+            on_fatal=_die,
         )
-        limits = Limits(body_bytes=options.max_body_bytes, infer_seconds=options.request_timeout)
         listener = socket.socket(fileno=options.fd)
         scheme = "http" if options.tls_cert is None else "https"
         self._url = "{}://{}:{}".format(scheme, *listener.getsockname()[:2])
-        app = create_app(self._dispatcher, limits)
+        app = create_app(self._dispatcher, Limits(body_bytes=options.max_body_bytes))
         self._server = uvicorn.Server(
             uvicorn.Config(
                 LogRequests(
@@ -125,8 +125,22 @@ class Gateway:
                     raise BlockFlowError(f"a gateway does not know the command {other}")
         except (BlockFlowError, TensorMQError) as error:
             answer = protocol.Failed(command.sequence, str(error))
+        except Exception as error:  # every failure is the server's to judge
+            log.exception("cannot carry out a command")
+            answer = protocol.Failed(command.sequence, f"{type(error).__name__}: {error}")
         self._control.say(answer)
         self._hear()
+
+
+def _die(reason: str) -> None:
+    """End at once: the server starts another gateway."""
+    log.critical("%s", reason)
+    _leave(70)
+
+
+def _leave(status: int) -> NoReturn:
+    logging.shutdown()
+    os._exit(status)
 
 
 def main() -> None:
@@ -149,8 +163,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when we stop
     start_logging("gateway", options.log_level)
     uvloop.run(Gateway(options).run())
-    logging.shutdown()
-    os._exit(0)
+    _leave(0)
 
 
 if __name__ == "__main__":

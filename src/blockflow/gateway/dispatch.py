@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from blockflow import oip
@@ -125,8 +125,8 @@ class BlockDispatcher:
 
     results: endpoint for answers. incarnation: of this gateway. queue_depth: requests that may be
     under way through one first block. slowdown: how many times its unloaded time a request may take
-    before others are refused. timeout: seconds that a request may take which names no time of its
-    own.
+    before others are refused. timeout: the most seconds that a request may take; it can name fewer.
+    on_fatal: called, in another thread, with the reason when no request can be answered any more.
     """
 
     def __init__(
@@ -137,6 +137,7 @@ class BlockDispatcher:
         queue_depth: int,
         slowdown: float,
         timeout: float,
+        on_fatal: Callable[[str], None],
     ) -> None:
         self._timeout = timeout
         self._asyncio = asyncio.get_running_loop()
@@ -151,7 +152,7 @@ class BlockDispatcher:
         self._counts: dict[PipelineName, _Counts] = defaultdict(_Counts)
         self._settled = asyncio.Event()
         self._tensors = TensorThread(
-            results, queue_depth, lambda: Admission(queue_depth, slowdown), self._settle
+            results, queue_depth, lambda: Admission(queue_depth, slowdown), self._settle, on_fatal
         )
 
     # What the HTTP side asks

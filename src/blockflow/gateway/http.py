@@ -36,7 +36,6 @@ from starlette.types import Receive, Scope, Send
 from blockflow import __version__, oip
 from blockflow.errors import (
     BlockFlowError,
-    DeadlineExceeded,
     NotFound,
     Overloaded,
     RequestInvalid,
@@ -77,9 +76,10 @@ class Dispatcher(Protocol):
     async def infer(self, model: oip.ModelMetadata, request: oip.InferRequest) -> oip.InferResult:
         """Compute the answer to a request that was read as one to `model` as it was then.
 
-        Raises `BlockFlowError`s. Is cancelled when the client is gone or the request's time has
-        run out, and must end soon after that. The bytes of the result must stay as they are until
-        the result is garbage: they are on their way to the socket after this returns.
+        Raises `BlockFlowError`s, among them `DeadlineExceeded` when the request's time has run out.
+        Is cancelled when the client is gone, and must end soon after that. The bytes of the result
+        must stay as they are until the result is garbage: they are on their way to the socket after
+        this returns.
         """
         ...
 
@@ -90,14 +90,12 @@ class Limits:
 
     `body_bytes` bounds one request's body, `held_bytes` all bodies that are being received or
     computed at one time (one body of the largest size always fits). `body_seconds` is the time for
-    a whole body to arrive, `infer_seconds` the longest time for an answer; a request's own timeout
-    can only shorten it.
+    a whole body to arrive.
     """
 
     body_bytes: int = 64 * 2**20
     held_bytes: int = 2**30
     body_seconds: float = 60.0
-    infer_seconds: float = 60.0
 
 
 def create_app(dispatcher: Dispatcher, limits: Limits | None = None) -> Starlette:
@@ -199,18 +197,15 @@ class _Gateway:
         self, request: Request, model: oip.ModelMetadata, parsed: oip.InferRequest
     ) -> oip.InferResult:
         """The dispatcher's answer; its work is cancelled when nobody will read it."""
-        seconds = min(parsed.timeout or math.inf, self._limits.infer_seconds)
         infer = asyncio.ensure_future(self._dispatcher.infer(model, parsed))
         gone = asyncio.ensure_future(_disconnected(request.receive))
         try:
-            await asyncio.wait((infer, gone), timeout=seconds, return_when="FIRST_COMPLETED")
+            await asyncio.wait((infer, gone), return_when="FIRST_COMPLETED")
             if infer.cancelled():
                 raise Unavailable(f"the gateway is giving up its work on model {model.name!r}")
             if infer.done():
                 return infer.result()
-            if gone.done():
-                raise ClientDisconnect
-            raise DeadlineExceeded(f"model {model.name!r} did not answer within {seconds:g} s")
+            raise ClientDisconnect
         finally:
             infer.cancel()
             gone.cancel()

@@ -8,6 +8,7 @@ block that gives some of them.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+import msgspec
 import numpy as np
 
 from blockflow import oip
@@ -29,6 +31,8 @@ from blockflow.errors import (
 from blockflow.gateway.admission import Admission
 from blockflow.protocol import ChannelReport, Hop, Route, RouteId, Step, decode_note
 from tensormq import Filling, Loop, Message, Peer, Pull, Push, Request, TensorMQError, slot_size
+
+log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -99,7 +103,8 @@ class TensorThread:
     """The thread that owns the gateway's Push and Pull ends.
 
     admission: makes the gate before a first block. settle: called in the event loop with a
-    request's id and a part of its answer, or its failure.
+    request's id and a part of its answer, or its failure. on_fatal: called with the reason when the
+    thread cannot go on, after which no request is sent or answered.
     """
 
     def __init__(
@@ -108,10 +113,12 @@ class TensorThread:
         depth: int,
         admission: Callable[[], Admission],
         settle: Callable[[int, Outcome], None],
+        on_fatal: Callable[[str], None],
     ) -> None:
         self._depth = depth
         self._admission = admission
         self._settle = settle
+        self._on_fatal = on_fatal
         self._asyncio = asyncio.get_running_loop()
         self._loop = Loop()
         self._pull = Pull(results, loop=self._loop)
@@ -166,9 +173,11 @@ class TensorThread:
         future: Future[_T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(job())
-            except TensorMQError as error:
+            except Exception as error:  # noqa: BLE001 - whoever waits for it judges it
                 future.set_exception(error)
 
         # Not in the callback itself: a job may wait for a peer, and a callback must not.
@@ -178,6 +187,17 @@ class TensorThread:
     # The thread
 
     def _run(self) -> None:
+        try:
+            self._serve()
+            for push in (*(entry.push for entry in self._entries.values()), *self._leaving):
+                push.close()
+            self._pull.close()
+            self._loop.close()
+        except Exception as error:
+            log.exception("the tensor thread stopped")
+            self._on_fatal(f"the tensor thread stopped: {type(error).__name__}: {error}")
+
+    def _serve(self) -> None:
         while not self._stopping:
             self._loop.run_once()
             while self._jobs:
@@ -186,10 +206,6 @@ class TensorThread:
             while (message := self._pull.poll()) is not None:
                 with message:
                     self._deliver(message)
-        for push in (*(entry.push for entry in self._entries.values()), *self._leaving):
-            push.close()
-        self._pull.close()
-        self._loop.close()
 
     def _open(self, route: Route) -> Way:
         self._routes[route.id] = route
@@ -275,7 +291,11 @@ class TensorThread:
                 filling.abandon()
 
     def _deliver(self, message: Message) -> None:
-        note = decode_note(message.note)
+        try:
+            note = decode_note(message.note)
+        except msgspec.MsgspecError as error:
+            log.warning("an answer has an unreadable note: %s", error)
+            return
         if note.error is not None:
             failure: BlockFlowError | Stranded
             if note.status == Unavailable.status:
