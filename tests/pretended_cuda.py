@@ -11,6 +11,8 @@ import ctypes
 import enum
 import importlib.util
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -39,6 +41,7 @@ class Gpu:
         self.opened: list[int] = []
         self.registered: set[int] = set()
         self._streams: dict[int, list[Callable[[], bool]]] = {_DEFAULT: []}
+        self._lock = threading.RLock()
 
     def stream(self) -> int:
         """A new stream."""
@@ -46,7 +49,6 @@ class Gpu:
         self._streams[number] = []
         return number
 
-    @property
     def waits(self) -> bool:
         """Whether a stream waits for a word."""
         self.work()
@@ -54,24 +56,30 @@ class Gpu:
 
     def work(self) -> None:
         """Do what can be done."""
-        done = True
-        while done:
-            done = False
-            for stream in self._streams.values():
-                while stream and stream[0]():
-                    del stream[0]
-                    done = True
+        with self._lock:
+            done = True
+            while done:
+                done = False
+                for stream in self._streams.values():
+                    while stream and stream[0]():
+                        del stream[0]
+                        done = True
 
     def synchronize(self, *_: object) -> None:
-        assert not self.waits, "this would wait for ever"
+        """Wait until all streams are done."""
+        end = time.monotonic() + 10
+        while self.waits():
+            assert time.monotonic() < end, "this would wait for ever"
+            time.sleep(0.001)
 
     def _give(self, what: str, stream: int, step: Callable[[], bool]) -> tuple[_Code]:
-        self.given.append(what)
-        self._streams[stream].append(step)
+        with self._lock:
+            self.given.append(what)
+            self._streams[stream].append(step)
         self.work()
         return (_Code.DONE,)
 
-    def runtime(self) -> ModuleType:
+    def runtime(self) -> Any:
         """What stands in for `cuda.bindings.runtime`."""
 
         def malloc(size: int) -> tuple[_Code, int]:
@@ -131,9 +139,11 @@ class Gpu:
         module.cudaStreamCreateWithPriority = lambda *_: (_Code.DONE, self.stream())
         module.cudaStreamSynchronize, module.cudaStreamDestroy = wait_for_stream, end_stream
         module.cudaMemcpyAsync = copy
+        module.cudaGetErrorName = lambda _: (_Code.DONE, b"no")
+        module.cudaGetErrorString = lambda _: (_Code.DONE, b"luck")
         return module
 
-    def driver(self) -> ModuleType:
+    def driver(self) -> Any:
         """What stands in for `cuda.bindings.driver`."""
 
         def write(stream: int, address: int, value: int, _: int) -> tuple[_Code]:

@@ -462,7 +462,7 @@ def test_what_a_killed_producer_sent_stays_whole(how: How, other: Other) -> None
         except Timeout:
             pass
         assert pull.leases == 0
-        assert pull._channels == {}
+        assert pull._loop.run_until(lambda: not pull._channels, 5)
         other.start("flood", pull.endpoint)  # its successor starts anew
         with pull.recv(timeout=10) as message:
             assert message.tensors["n"][0].item() == 1.0
@@ -484,7 +484,7 @@ def test_what_a_killed_producer_did_not_complete_is_dropped(how: How, other: Oth
         with pull.recv(timeout=0) as message:
             assert message.tensors["n"].tolist() == [1.0] * 4
         assert pull.waiting == pull.leases == 0
-        assert pull._channels == {}
+        assert pull._loop.run_until(lambda: not pull._channels, 5)
 
 
 @pytest.mark.gpu
@@ -515,7 +515,7 @@ def test_streams_that_wait_for_a_killed_producer(how: How, other: Other, told: b
         torch.cuda.synchronize()
         assert copy.shape == (4,)
         message.release()
-        assert pull._channels == {}
+        assert pull._loop.run_until(lambda: not pull._channels, 5)
 
 
 @pytest.mark.gpu
@@ -705,7 +705,7 @@ def test_a_channel_leaves_no_descriptor(run_dir: Path) -> None:
             round_trip()
         time.sleep(0.1)
         assert descriptors() <= before
-        assert pull._channels == {}
+        assert pull._loop.run_until(lambda: not pull._channels, 5)
 
 
 def test_a_filling_goes_once_and_only_where_it_was_meant_to(run_dir: Path) -> None:

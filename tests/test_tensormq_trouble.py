@@ -182,6 +182,31 @@ def test_a_send_does_not_wait_for_a_peer_whose_ring_broke(ends: Ends) -> None:
     held.release()
 
 
+@pytest.mark.parametrize("how", ["disconnect", "finish"])
+def test_a_send_does_not_wait_for_a_peer_that_is_left_meanwhile(ends: Ends, how: str) -> None:
+    ends.push.send(X, to=ends.by_shm)
+    held = ends.near.recv(timeout=1)
+
+    def leave() -> None:
+        if how == "finish":
+            ends.push.finish()
+        else:
+            ends.push.disconnect(ends.by_shm, timeout=0)
+
+    ends.loop.call_soon(leave)
+    with pytest.raises(PeerLost, match="this end disconnected"):
+        ends.push.send(X, to=ends.by_shm, timeout=5)
+    assert ends.push.has_room(ends.by_shm)  # sending says that it is gone
+    held.release()
+    assert ends.loop.run_until(lambda: ends.by_shm.lost is not None, timeout=1)
+
+
+def test_nothing_connects_from_an_end_that_is_closed(ends: Ends) -> None:
+    ends.push.close()
+    with pytest.raises(EndpointError, match="this end is closed"):
+        ends.push.connect(ends.near.endpoint)
+
+
 def test_who_hears_of_a_loss_may_close_the_end_that_waits(ends: Ends, run_dir: Path) -> None:
     with Pull(f"ipc://{run_dir}/third.sock", loop=ends.loop) as third:
         ends.push.send(X, to=ends.push.connect(third.endpoint, carriers=[Carrier.SHM]))
@@ -324,19 +349,21 @@ def test_slots_of_a_consumer_that_was_left_come_back_when_it_dies(
         Push(slots=2, slot_bytes=4096, device=device) as push,
     ):
         assert process.stdout is not None
-        peer = push.connect(process.stdout.readline().split()[1])
-        for _ in range(2):
-            push.send({"x": torch.ones(4, device=device)}, to=peer)
-        if broken:
-            assert peer._line is not None
-            peer._line.incoming._words[0] = 12345
-            assert push._loop.run_until(lambda: peer.lost is not None, timeout=1)
-        else:
-            push.disconnect(peer, timeout=0.1)
-        assert (push.peers, push.leased_slots) == ((), 2)
-        assert not push._loop.run_until(lambda: push.leased_slots == 0, timeout=0.1)
-        process.kill()
-        assert push._loop.run_until(lambda: push.leased_slots == 0, timeout=1)
+        try:
+            peer = push.connect(process.stdout.readline().split()[1])
+            for _ in range(2):
+                push.send({"x": torch.ones(4, device=device)}, to=peer)
+            if broken:
+                assert peer._line is not None
+                peer._line.incoming._words[0] = 12345
+                assert push._loop.run_until(lambda: peer.lost is not None, timeout=1)
+            else:
+                push.disconnect(peer, timeout=0.1)
+            assert (push.peers, push.leased_slots) == ((), 2)
+            assert not push._loop.run_until(lambda: push.leased_slots == 0, timeout=0.1)
+        finally:
+            process.kill()
+        assert push._loop.run_until(lambda: push.leased_slots == 0, timeout=5)
 
 
 def test_what_was_to_be_called_after_a_callback_that_raises_is_called() -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
 
 from pretended_cuda import Gpu, pretended
-from tensormq import Loop, NegotiationError, Pull, Push, host
+from tensormq import Loop, NegotiationError, Pull, Push, TensorMQError, host
 from tensormq.process import this_process
 
 NONCE = 0x1234567890
@@ -36,6 +37,11 @@ class Ends(NamedTuple):
         self.gpu.current = consumers
 
 
+def memfds() -> int:
+    links = Path("/proc/self/fd").iterdir()
+    return sum("memfd:" in str(link.readlink()) for link in links if link.is_symlink())
+
+
 def mapping_of(cuda: Any, slab: Any, nonce: int = NONCE) -> tuple[Any, int]:
     offer = slab.offer()
     words = host.HostMapping(this_process(), NONCE, offer.words).memory
@@ -53,8 +59,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
         yield Ends(gpu, cuda, slab, mapping, gpu.stream())
         mapping.close()
         slab.close()
-        left = gpu.allocated, gpu.opened, gpu.registered, cuda._all_words
-        assert left == ({}, [], set(), [])
+        assert (gpu.allocated, gpu.opened, gpu.registered) == ({}, [], set())
 
 
 def test_what_is_there_is_not_waited_for(ends: Ends) -> None:
@@ -69,11 +74,9 @@ def test_what_is_there_is_not_waited_for(ends: Ends) -> None:
 
 def test_the_consumers_stream_waits_for_the_content(ends: Ends) -> None:
     ends.mapping.expect(0, 1)
-    assert ends.gpu.waits
-    assert not ends.cuda.quiet()
+    assert ends.gpu.waits()
     ends.publish(0, 1)
-    assert not ends.gpu.waits
-    assert ends.cuda.quiet()
+    assert not ends.gpu.waits()
 
 
 def test_the_producers_stream_waits_for_the_last_use(ends: Ends) -> None:
@@ -83,9 +86,9 @@ def test_the_producers_stream_waits_for_the_last_use(ends: Ends) -> None:
     ends.publish(0, 3)
     assert ends.mapping.filled()[0] == 1
     ends.publish(1, 2)  # behind the other: both wait in a circle that only a third could open
-    assert ends.gpu.waits
+    assert ends.gpu.waits()
     ends.mapping.lift(1, 2)
-    assert not ends.gpu.waits
+    assert not ends.gpu.waits()
     assert ends.mapping.filled()[:2] == [3, 2]
 
 
@@ -93,35 +96,48 @@ def test_a_dead_producer_is_not_waited_for(ends: Ends) -> None:
     ends.mapping.expect(2, 5)
     assert ends.mapping.filled()[2] < 5  # it was announced and never completed
     ends.mapping.lift(2, 5)
-    assert ends.cuda.quiet()
-    assert not ends.gpu.waits
+    assert not ends.gpu.waits()
 
 
 def test_a_dead_consumer_is_not_waited_for_and_its_successor_is(ends: Ends) -> None:
     ends.publish(0, 1)
     ends.publish(0, 2)
-    assert not ends.cuda.quiet()
+    assert ends.gpu.waits()
     ends.slab.detach("peer")
-    assert ends.cuda.quiet()
-    assert not ends.gpu.waits
+    assert not ends.gpu.waits()
     successor, consumer = mapping_of(ends.cuda, ends.slab)
     ends.slab.attach("peer", consumer)
     ends.publish(0, 3)
     ends.publish(0, 4)
-    assert ends.gpu.waits
+    assert ends.gpu.waits()
     successor.release(0, 3)
-    assert not ends.gpu.waits
+    assert not ends.gpu.waits()
     successor.close()
 
 
-def test_memory_is_not_freed_while_another_process_is_waited_for(ends: Ends) -> None:
+def test_the_loop_goes_on_while_memory_waits_for_the_gpu(ends: Ends) -> None:
+    other, _ = mapping_of(ends.cuda, ends.slab)
     ends.mapping.expect(0, 1)
+    done: list[bool] = []
     with Loop() as loop:
-        ends.cuda._PATIENCE = 0.01
-        assert not ends.cuda.settle(loop)
-        ends.cuda._PATIENCE = 5.0
-        loop.call_soon(lambda: ends.publish(0, 1))
-        assert ends.cuda.settle(loop)
+        ends.cuda.aside(loop, [other.close], lambda: done.append(True))
+        assert not loop.run_until(lambda: bool(done), timeout=0.05)
+        # Its producer has died, of which the loop hears.
+        loop.call_soon(lambda: ends.mapping.lift(0, 1))
+        assert loop.run_until(lambda: bool(done), timeout=5)
+    assert len(ends.gpu.opened) == 1
+
+
+def test_what_cannot_be_allocated_leaves_nothing(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(ends.gpu.allocated), len(ends.gpu.registered), memfds()
+    for name in ("cudaIpcGetMemHandle", "cudaHostRegister", "cudaHostGetDevicePointer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(ends.cuda.rt, name, lambda *_: (1, None))
+            with pytest.raises(TensorMQError, match="CUDA: no: luck"):
+                ends.cuda.DeviceSlab(NONCE, 4, 1024, DEVICE)
+    assert (len(ends.gpu.allocated), len(ends.gpu.registered), memfds()) == before
 
 
 def test_other_memory_is_declined_and_nothing_stays_of_it(ends: Ends) -> None:
@@ -131,23 +147,24 @@ def test_other_memory_is_declined_and_nothing_stays_of_it(ends: Ends) -> None:
     assert (len(ends.gpu.opened), len(ends.gpu.registered)) == (1, registered)
 
 
-def test_a_channel_ends_when_no_stream_waits_for_another_producer(
+def test_a_channel_ends_when_the_gpu_is_done_with_it(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting = [True]
-    cuda: Any = ModuleType("tensormq.cuda")
-    cuda.quiet = lambda: not waiting
-    cuda.settle = lambda loop: loop.run_until(cuda.quiet, 0.01)
-    monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
-    with Loop() as loop, Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull:
-        pull._gpu = True
-        monkeypatch.setattr(pull, "_pin", lambda _: None)
-        with Push(slot_bytes=256, loop=loop) as push:
-            peer = push.connect(pull.endpoint)
-            push.send({"x": np.ones(4, np.float32)}, to=peer)
-            pull.recv(timeout=1).release()
-            push.disconnect(peer, timeout=0.05)
-            assert peer.lost is None
-            waiting.clear()
-            assert loop.run_until(lambda: peer.lost is not None, timeout=1)
+    gpu_is_done = threading.Event()
+    with (
+        pretended(monkeypatch) as (_, cuda),
+        Loop() as loop,
+        Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull,
+        Push(slot_bytes=256, loop=loop) as push,
+    ):
+        monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
+        peer = push.connect(pull.endpoint)
+        push.send({"x": np.ones(4, np.float32)}, to=peer)
+        pull.recv(timeout=1).release()
+        (channel,) = pull._channels.values()
+        channel._pinned = cast(Any, SimpleNamespace(close=gpu_is_done.wait))
+        push.disconnect(peer, timeout=0.05)
+        assert (peer.lost, len(pull._channels)) == (None, 1)
+        gpu_is_done.set()
+        assert loop.run_until(lambda: peer.lost is not None, timeout=5)
         assert not pull._channels

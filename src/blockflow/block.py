@@ -299,8 +299,6 @@ class Block:
             torch.cuda.set_stream(self._stream)
 
     def close(self) -> None:
-        if self._gpu:
-            torch.cuda.synchronize(self._device)
         self._pull.close()
         self._push.close()
         self._ledger.close()

@@ -47,7 +47,6 @@ _REGISTER_MAPPED = 2  # cudaHostRegisterMapped
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _ANY_WAY = rt.cudaMemcpyKind.cudaMemcpyDefault  # CUDA knows where addresses lie
 _WORD = 8
-_PATIENCE = 5.0
 _WAIT_GEQ = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
 # The default write is a barrier: what the stream did before is visible to whoever sees the word.
 _WRITE = int(driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT)
@@ -211,10 +210,6 @@ class _Words:
         self._slots = slots
         self._index = _index(device)
         self._device = device
-        # For each word the last value that a stream was told to wait for.
-        self._awaited: dict[int, int] = {}
-        with _lock:
-            _all_words.append(self)
 
     def row(self, number: int) -> _Row:
         return _Row(self, number * self._slots, self._slots)
@@ -225,24 +220,18 @@ class _Words:
 
     def wait(self, place: int, value: int) -> None:
         # The GPU wrote it when all before it was done, and what it is given now comes after.
-        if self._values[place] >= value:
-            return
-        self._awaited[place] = value
-        word = self._address + _WORD * place
-        _give(
-            self._index, lambda stream: driver.cuStreamWaitValue64(stream, word, value, _WAIT_GEQ)
-        )
+        if self._values[place] < value:
+            word = self._address + _WORD * place
+            _give(
+                self._index,
+                lambda stream: driver.cuStreamWaitValue64(stream, word, value, _WAIT_GEQ),
+            )
 
     def put(self, place: int, value: int) -> None:
         self._values[place] = value
-        self._awaited.pop(place, None)
 
     def read(self, start: int, end: int) -> list[int]:
         return self._values[start:end].tolist()
-
-    def reached(self) -> bool:
-        """Whether all that streams were told to wait for is there."""
-        return all(self._values[place] >= each for place, each in tuple(self._awaited.items()))
 
     def probe(self, place: int) -> None:
         """Try whether a stream can write a word and wait for it. Raises TensorMQError."""
@@ -255,33 +244,9 @@ class _Words:
 
     def close(self) -> None:
         """For when no stream uses them any more."""
-        with _lock:
-            _all_words.remove(self)
-        self._values.release()
         self._pinned.close()
-
-
-_all_words: list[_Words] = []
-_lock = threading.Lock()
-
-
-def quiet() -> bool:
-    """Whether no stream of this process waits for another process.
-
-    While one does, to wait on the host for the whole device, as the freeing of shared memory does,
-    is to wait for that process; which may have died, and only the loop hears of it.
-    """
-    with _lock:
-        known = tuple(_all_words)
-    return all(words.reached() for words in known)
-
-
-def settle(loop: Loop) -> bool:
-    """Run the loop until it is `quiet`, for as long as a peer may take; whether it is."""
-    if loop.run_until(quiet, _PATIENCE):
-        return True
-    log.warning("streams wait for another process: shared memory stays until this one ends")
-    return False
+        # The loop's thread may be looking at them, for the death of a producer.
+        self._values = memoryview(bytearray(self._values)).cast("Q")
 
 
 class _Row:
@@ -301,7 +266,7 @@ class _Row:
         self._words.wait(self._start + slot, value)
 
     def put(self, slot: int, value: int) -> None:
-        """Write a word at once, be a stream waiting for it."""
+        """Write a word at once; streams that wait for it go on."""
         self._words.put(self._start + slot, value)
 
     def fill(self, value: int) -> None:
@@ -327,17 +292,21 @@ class DeviceSlab:
         self._index = _index(self._device)
         self._slot_bytes = slot_bytes
         self._size = wire.device_slab_size(slots, slot_bytes)
-        with torch.cuda.device(self._device):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.cuda.device(self._device))
             torch.cuda.current_stream()  # makes sure that the primary context exists
             self._pointer = int(_checked(rt.cudaMalloc(self._size)))
+            stack.callback(rt.cudaFree, self._pointer)
             self._handle = bytes(_checked(rt.cudaIpcGetMemHandle(self._pointer)).reserved)
+            mark = ctypes.create_string_buffer(nonce.to_bytes(wire.NONCE_BYTES, "little"))
+            with _stream_apart(self._device) as stream:
+                source, size = ctypes.addressof(mark), wire.NONCE_BYTES
+                _checked(rt.cudaMemcpyAsync(self._pointer, source, size, _ANY_WAY, stream))
+            self._page = host.HostSlab(nonce, 1, wire.words_size(slots))
+            stack.callback(self._page.close)
+            self._words = _Words(self._page.memory, slots, self._device)
             self._memory = _as_bytes(self._pointer, self._size, self._device)
-        mark = ctypes.create_string_buffer(nonce.to_bytes(wire.NONCE_BYTES, "little"))
-        with _stream_apart(self._device) as stream:
-            source, size = ctypes.addressof(mark), wire.NONCE_BYTES
-            _checked(rt.cudaMemcpyAsync(self._pointer, source, size, _ANY_WAY, stream))
-        self._page = host.HostSlab(nonce, 1, wire.words_size(slots))
-        self._words = _Words(self._page.memory, slots, self._device)
+            stack.pop_all()
         self._filled = self._words.row(0)
         self._next = 0
         self._consumers: dict[object, int] = {}
@@ -501,19 +470,44 @@ class DeviceMapping:
 
 class PinnedMemory:
     """Host memory known to CUDA: copies from and to it do not stop the host, and streams can use it
-    at `device_pointer`."""
+    at `device_pointer`. It stays mapped until `close`."""
 
     def __init__(self, memory: memoryview, device: str) -> None:
         self._device = torch.device(device)
+        self._memory = memory
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         with torch.cuda.device(self._device):
             _checked(rt.cudaHostRegister(self._address, memory.nbytes, _REGISTER_MAPPED))
-            self.device_pointer = int(_checked(rt.cudaHostGetDevicePointer(self._address, 0)))
+            try:
+                self.device_pointer = int(_checked(rt.cudaHostGetDevicePointer(self._address, 0)))
+            except BaseException:
+                rt.cudaHostUnregister(self._address)
+                raise
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)  # a copy under way still uses the pages
         with torch.cuda.device(self._device):
             _checked(rt.cudaHostUnregister(self._address))
+        self._memory = memoryview(b"")
+
+
+def aside(loop: Loop, jobs: Iterable[Callable[[], None]], then: Callable[[], None]) -> None:
+    """Have a thread of its own do `jobs`, and `loop` call `then` when they are done.
+
+    To free or unmap what a GPU has used waits for all that its streams have to do. One of them may
+    wait for a word of another process, which has died and of which only the loop will hear: in the
+    loop's thread that would take for ever.
+    """
+
+    def work() -> None:
+        for job in jobs:
+            try:
+                job()
+            except (RuntimeError, TensorMQError):
+                log.exception("memory that a GPU has used cannot be released")
+        loop.call_soon(then)
+
+    threading.Thread(target=work, name="tensormq aside", daemon=True).start()
 
 
 class Completions:

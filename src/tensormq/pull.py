@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _MAX_CHANNELS = 1024
 _MAX_LAYOUTS = 256
+_PATIENCE = 5.0
+"""Seconds that closing waits for a GPU to be done with what producers have sent."""
 
 
 class Message:
@@ -243,14 +245,12 @@ class _Channel:
             for slot, sequence in taken.items():
                 self._device.lift(slot, sequence)
 
+    def closers(self) -> list[Callable[[], None]]:
+        """What is to be done before `unmap`, and waits for the GPU."""
+        return [each.close for each in (self._pinned, self._device) if each is not None]
+
     def unmap(self) -> None:
-        if self._pinned is not None:
-            self._pinned.close()
-            self._pinned = None
-        if self._device is not None:
-            self._device.close()
-            self._device = None
-        self._host = None
+        self._pinned = self._device = self._host = None
         if self._views is not None:
             self._views.close()
             self._views = None
@@ -504,6 +504,8 @@ class Pull:
         try:
             channel.map(offer)
         except (TensorMQError, OSError, ValueError) as error:
+            for close in channel.closers():
+                close()
             channel.unmap()
             self._answer(channel, wire.Decline(channel.epoch, str(error)))
             return
@@ -557,22 +559,13 @@ class Pull:
         if channel.ended:
             return
         channel.ended = True
-        if self._end_if_quiet(channel) is False:
-            self._loop.ask(lambda: self._end_if_quiet(channel))
+        jobs = channel.closers()
+        if jobs:
+            from .cuda import aside  # noqa: PLC0415
 
-    def _end_if_quiet(self, channel: _Channel) -> bool | None:
-        """Whether it did not, or None.
-
-        Unmapping waits for the whole GPU, and with it for what its streams wait for. It would never
-        end where that is another producer, which died and of which only this thread will hear.
-        """
-        if self._gpu:
-            from .cuda import quiet  # noqa: PLC0415
-
-            if not quiet():
-                return False
-        self._forget(channel)
-        return None
+            aside(self._loop, jobs, lambda: self._forget(channel))
+        else:
+            self._forget(channel)
 
     def _forget(self, channel: _Channel) -> None:
         if self._channels.pop(channel.identity, None) is None:
@@ -672,19 +665,17 @@ class Pull:
         if self._completions is not None:
             self._completions.close()
             self._completions = None
-        if self._can_unmap():
-            for channel in tuple(self._channels.values()):
-                self._forget(channel)
+        for channel in tuple(self._channels.values()):
+            self._end(channel)
+        if not self._loop.run_until(lambda: not self._channels, _PATIENCE):
+            log.warning("%s is closed before a GPU is done with its memory", self.endpoint)
+            for channel in self._channels.values():
+                self._unwatch(channel)
+                self._unring(channel)
+            self._channels.clear()
         self._listener.close()
         if self._owns_loop:
             self._loop.close()
-
-    def _can_unmap(self) -> bool:
-        if not self._gpu:
-            return True
-        from .cuda import settle  # noqa: PLC0415
-
-        return settle(self._loop)
 
     def __enter__(self) -> Self:
         return self

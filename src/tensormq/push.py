@@ -23,6 +23,7 @@ from .errors import (
     ProtocolError,
     RingBroken,
     SecurityError,
+    TensorMQError,
     TensorTooLarge,
     Timeout,
     UnsupportedTensor,
@@ -43,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _MAX_LAYOUTS = 256
 _DISCONNECTED = "this end disconnected"
+_PATIENCE = 5.0
+"""Seconds that closing waits for those who hold something of this end."""
 
 _Extras: TypeAlias = tuple[tuple[Request, ...], int, bytes]
 """Requests, route and note: what a descriptor carries for the application."""
@@ -67,6 +70,11 @@ class Peer:
 
     def __repr__(self) -> str:
         return f"<Peer {self.endpoint} {self.statistics.carrier}>"
+
+    @property
+    def hears(self) -> bool:
+        """Whether it is still sent to: it is neither lost nor left."""
+        return self.lost is None and not self._leaving
 
 
 class Push:
@@ -131,6 +139,8 @@ class Push:
         Raises EndpointError when nobody answers within `timeout` seconds, NegotiationError when
         no allowed carrier works, SecurityError when the ends do not accept each other's keys.
         """
+        if self._closed or self._finishing:
+            raise EndpointError(f"this end is closed: nothing connects to {endpoint}")
         tcp.require(endpoint, keys, () if server_key is None else (server_key,), insecure)
         end = time.monotonic() + timeout
         socket = self._loop.context.socket(zmq.DEALER)
@@ -187,7 +197,11 @@ class Push:
         for carrier in carriers:
             if allowed is not None and carrier not in allowed:
                 continue
-            lane = self._lane(carrier)
+            try:
+                lane = self._lane(carrier)
+            except TensorMQError as error:
+                obstacles[carrier] = str(error)
+                continue
             with contextlib.ExitStack() as stack:
                 # Tensors that travel through the socket would have to be waited for.
                 rings = None
@@ -405,7 +419,7 @@ class Push:
         """
         for peer in (to,) if isinstance(to, Peer) else to:
             lane = peer._lane
-            if lane is not None and lane.pool.free == 0 and peer.lost is None:
+            if lane is not None and lane.pool.free == 0 and peer.hears:
                 return False
         return True
 
@@ -428,7 +442,7 @@ class Push:
             peer.statistics.waits_for_credit += 1
 
         def lost() -> bool:
-            return all(peer.lost is not None for peer in peers)
+            return not any(peer.hears for peer in peers)
 
         timeout = None if end is None else max(0.0, end - time.monotonic())
         if not self._loop.run_until(lambda: lane.pool.free > 0 or lost(), timeout):
@@ -449,8 +463,8 @@ class Push:
         sent = time.monotonic_ns()
         frames = {}
         for peer in peers:
-            if peer.lost is not None:
-                continue  # while a free slot was waited for
+            if not peer.hears:
+                continue  # since a free slot was waited for
             frame = frames[peer] = wire.encode(
                 wire.Deliver(
                     peer.epoch, sequence, slot, layout.encoded, requests, route, note, sent
@@ -670,7 +684,7 @@ class Push:
             os.close(peer._pidfd)
             peer._pidfd = None
 
-    def disconnect(self, peer: Peer, timeout: float = 5.0) -> None:
+    def disconnect(self, peer: Peer, timeout: float = _PATIENCE) -> None:
         """Send nothing more to `peer`, and close the channel once it has released what it holds.
 
         Waits for that up to `timeout` seconds. A peer that takes longer releases its slots later,
@@ -693,7 +707,7 @@ class Push:
     @property
     def peers(self) -> tuple[Peer, ...]:
         """Those that can be sent to."""
-        return tuple(peer for peer in self._peers if not peer._leaving)
+        return tuple(peer for peer in self._peers if peer.hears)
 
     @property
     def closed(self) -> bool:
@@ -738,24 +752,28 @@ class Push:
         for peer in tuple(self._severed):
             self._bury(peer)
         # What nobody waits for any more is announced to nobody; but the GPU still copies it.
-        self._loop.run_until(lambda: self._deferred == 0, timeout=5.0)
+        self._loop.run_until(lambda: self._deferred == 0, _PATIENCE)
         if self._completions is not None:
             self._completions.close()
             self._completions = None
-        if self._can_unmap():
-            for lane in self._lanes.values():
-                lane.close()
-        self._lanes.clear()
+        self._free()
         if self._owns_loop:
             self._loop.close()
 
-    def _can_unmap(self) -> bool:
-        """Whether memory can be freed, for which the whole GPU is waited for."""
+    def _free(self) -> None:
+        """Free the memory of all lanes, on a GPU when that is done with it."""
+        lanes = tuple(self._lanes.values())
+        self._lanes.clear()
         if self._device is None or not self._device.startswith("cuda"):
-            return True
-        from .cuda import settle  # noqa: PLC0415
+            for lane in lanes:
+                lane.close()
+            return
+        from .cuda import aside  # noqa: PLC0415
 
-        return settle(self._loop)
+        freed: list[bool] = []
+        aside(self._loop, [lane.close for lane in lanes], lambda: freed.append(True))
+        if not self._loop.run_until(lambda: bool(freed), _PATIENCE):
+            log.warning("an end is closed before a GPU is done with its memory")
 
     def __enter__(self) -> Self:
         return self
@@ -783,7 +801,8 @@ def _abandon(taken: Iterable[_Taken]) -> None:
 
 
 def _gone(peers: Sequence[Peer]) -> PeerLost:
-    return PeerLost("; ".join(f"{peer.endpoint} is gone: {peer.lost}" for peer in peers))
+    whys = (f"{each.endpoint} is gone: {each.lost or _DISCONNECTED}" for each in peers)
+    return PeerLost("; ".join(whys))
 
 
 def _several(to: Sequence[Peer]) -> tuple[Peer, ...]:

@@ -385,16 +385,19 @@ def parse_layout(encoded: bytes, slot_bytes: int) -> Layout:
     for spec in specs:
         if spec.dtype not in ITEMSIZE:
             raise ProtocolError(f"tensor {spec.name!r} has an unknown dtype {spec.dtype!r}")
-        # Also where a size of 0 makes all the others harmless: nobody can make such a tensor.
-        extent = math.prod(max(1, size) for size in spec.shape) * ITEMSIZE[spec.dtype]
-        impossible = extent >= 1 << 63 or len(spec.shape) > MAX_DIMENSIONS
-        if impossible or any(size < 0 for size in spec.shape):
+        if len(spec.shape) > MAX_DIMENSIONS or not _can_be(spec):
             raise ProtocolError(f"tensor {spec.name!r} has an impossible shape {spec.shape}")
         if spec.offset < 0 or spec.offset % ALIGNMENT:
             raise ProtocolError(f"tensor {spec.name!r} starts at {spec.offset}, not aligned")
         if spec.offset + spec.nbytes > slot_bytes:
             raise ProtocolError(f"tensor {spec.name!r} reaches beyond its slot")
     return Layout(specs)
+
+
+def _can_be(spec: TensorSpec) -> bool:
+    """Whether there can be such a tensor, be it empty: the other sizes count all the same."""
+    extent = math.prod(max(1, size) for size in spec.shape) * ITEMSIZE[spec.dtype]
+    return min(spec.shape, default=0) >= 0 and extent < 1 << 63
 
 
 def check_descriptor(message: Deliver, slots: int) -> None:
