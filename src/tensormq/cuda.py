@@ -91,6 +91,11 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+def _numbered(device: str) -> torch.device:
+    """The device by its number: "cuda" is the current one, which threads have of their own."""
+    return torch.device("cuda", _index(torch.device(device)))
+
+
 class _Memory:
     """Device memory as torch sees it: any object with `__cuda_array_interface__`."""
 
@@ -288,7 +293,7 @@ class DeviceSlab:
     carrier = wire.Carrier.CUDA_IPC
 
     def __init__(self, nonce: int, slots: int, slot_bytes: int, device: str) -> None:
-        self._device = torch.device(device)
+        self._device = _numbered(device)
         self._index = _index(self._device)
         self._slot_bytes = slot_bytes
         self._size = wire.device_slab_size(slots, slot_bytes)
@@ -399,7 +404,7 @@ class DeviceMapping:
         *,
         elsewhere: bool,
     ) -> None:
-        self._device = torch.device(device)
+        self._device = _numbered(device)
         self._slot_bytes = slot_bytes
         handle = rt.cudaIpcMemHandle_t()
         handle.reserved = offer.handle
@@ -473,7 +478,7 @@ class PinnedMemory:
     at `device_pointer`. It stays mapped until `close`."""
 
     def __init__(self, memory: memoryview, device: str) -> None:
-        self._device = torch.device(device)
+        self._device = _numbered(device)
         self._memory = memory
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         with torch.cuda.device(self._device):
@@ -500,12 +505,13 @@ def aside(loop: Loop, jobs: Iterable[Callable[[], None]], then: Callable[[], Non
     """
 
     def work() -> None:
-        for job in jobs:
-            try:
+        try:
+            for job in jobs:
                 job()
-            except (RuntimeError, TensorMQError):
-                log.exception("memory that a GPU has used cannot be released")
-        loop.call_soon(then)
+        except Exception:
+            log.exception("memory that a GPU has used cannot be released")
+        finally:
+            loop.call_soon(then)
 
     threading.Thread(target=work, name="tensormq aside", daemon=True).start()
 

@@ -554,18 +554,23 @@ class Pull:
         if not channel.leases:
             self._end(channel)
 
-    def _end(self, channel: _Channel) -> None:
-        """Nothing of this channel is held any more."""
-        if channel.ended:
-            return
-        channel.ended = True
-        jobs = channel.closers()
+    def _end(self, *channels: _Channel) -> None:
+        """Nothing of these channels is held any more."""
+        ending = [channel for channel in channels if not channel.ended]
+        jobs = [job for channel in ending for job in channel.closers()]
+
+        def forget() -> None:
+            for channel in ending:
+                self._forget(channel)
+
         if jobs:
             from .cuda import aside  # noqa: PLC0415
 
-            aside(self._loop, jobs, lambda: self._forget(channel))
+            aside(self._loop, jobs, forget)
         else:
-            self._forget(channel)
+            forget()
+        for channel in ending:
+            channel.ended = True
 
     def _forget(self, channel: _Channel) -> None:
         if self._channels.pop(channel.identity, None) is None:
@@ -654,7 +659,8 @@ class Pull:
     def close(self) -> None:
         """Say goodbye to every producer, which releases what was not taken; remove the endpoint.
 
-        Messages that were taken must have been released before.
+        Messages that were taken must have been released before. Waits up to 5 s for a GPU to be
+        done with their memory; where it is not, it is unmapped later, and no goodbye is said.
         """
         if self._closed:
             return
@@ -665,14 +671,16 @@ class Pull:
         if self._completions is not None:
             self._completions.close()
             self._completions = None
-        for channel in tuple(self._channels.values()):
-            self._end(channel)
+        channels = tuple(self._channels.values())
+        for channel in channels:
+            self._unring(channel)  # nothing more is taken from it
+        self._end(*channels)
         if not self._loop.run_until(lambda: not self._channels, _PATIENCE):
+            # In a loop that goes on they end when the GPU is done, and hear of deaths until then.
             log.warning("%s is closed before a GPU is done with its memory", self.endpoint)
-            for channel in self._channels.values():
-                self._unwatch(channel)
-                self._unring(channel)
-            self._channels.clear()
+            if self._owns_loop:
+                for channel in channels:
+                    self._unwatch(channel)
         self._listener.close()
         if self._owns_loop:
             self._loop.close()

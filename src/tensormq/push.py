@@ -711,6 +711,7 @@ class Push:
 
     @property
     def closed(self) -> bool:
+        """Whether no peer is left, and the memory is free or will be when a GPU is done with it."""
         return self._closed
 
     @property
@@ -772,6 +773,8 @@ class Push:
 
         freed: list[bool] = []
         aside(self._loop, [lane.close for lane in lanes], lambda: freed.append(True))
+        if self._finishing and not self._owns_loop:
+            return
         if not self._loop.run_until(lambda: bool(freed), _PATIENCE):
             log.warning("an end is closed before a GPU is done with its memory")
 
