@@ -381,7 +381,8 @@ def test_a_topology_is_checked_applied_and_rolled_back(
             topology_file.parse(wrong)
         assert shown == list(refused.value.problems)
         assert len(shown) >= 4
-        assert page.complaints()[0].count("422") == 1  # the browser's own line about the answer
+        # The browser's own line about the answer.
+        assert page.complaints()[0].count("status of 422") == 1
 
         smaller = {
             **shared,

@@ -225,7 +225,8 @@ def test_no_request_is_lost_when_workers_are_killed(
                 pid = server.block(victim)["pid"]
                 os.kill(pid, signal.SIGKILL)
                 wait_for(lambda: not server.control.ready(), 1, "not ready")
-                assert not server.inference.ready("a")
+                # The gateway hears of it a moment after the server knows.
+                wait_for(lambda: not server.inference.ready("a"), 1, "not ready at the gateway")
                 server.wait_ready(30)
                 assert server.block(victim)["pid"] != pid
             good = load.good
