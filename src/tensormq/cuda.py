@@ -202,8 +202,17 @@ def _stream_apart(device: torch.device) -> Iterator[Any]:
             _checked(rt.cudaStreamDestroy(stream))
 
 
+_FILLED = 0
+"""The row of words that the producer's stream writes."""
+
+
+def _emptied(consumer: int) -> int:
+    """The row of words that a consumer's stream writes."""
+    return 1 + consumer
+
+
 class _Words:
-    """The words of one slab in host memory that was registered: rows of one for each slot.
+    """The words of one slab, in host memory that was registered: rows of one for each slot.
 
     The streams of `device` write them and wait for them, and so does this process.
     """
@@ -216,14 +225,14 @@ class _Words:
         self._index = _index(device)
         self._device = device
 
-    def row(self, number: int) -> _Row:
-        return _Row(self, number * self._slots, self._slots)
-
-    def write(self, place: int, value: int) -> None:
-        word = self._address + _WORD * place
+    def write(self, row: int, slot: int, value: int) -> None:
+        """The current stream writes `value` after what it was given so far."""
+        word = self._address + _WORD * (row * self._slots + slot)
         _give(self._index, lambda stream: driver.cuStreamWriteValue64(stream, word, value, _WRITE))
 
-    def wait(self, place: int, value: int) -> None:
+    def wait(self, row: int, slot: int, value: int) -> None:
+        """What the current stream is given from here on begins when the word is `value` or more."""
+        place = row * self._slots + slot
         # The GPU wrote it when all before it was done, and what it is given now comes after.
         if self._values[place] < value:
             word = self._address + _WORD * place
@@ -232,14 +241,21 @@ class _Words:
                 lambda stream: driver.cuStreamWaitValue64(stream, word, value, _WAIT_GEQ),
             )
 
-    def put(self, place: int, value: int) -> None:
-        self._values[place] = value
+    def put(self, row: int, slot: int, value: int) -> None:
+        """Write a word at once; streams that wait for it go on."""
+        self._values[row * self._slots + slot] = value
 
-    def read(self, start: int, end: int) -> list[int]:
-        return self._values[start:end].tolist()
+    def fill(self, row: int, value: int) -> None:
+        """As `put`, all of a row."""
+        for slot in range(self._slots):
+            self.put(row, slot, value)
 
-    def probe(self, place: int) -> None:
+    def read(self, row: int) -> list[int]:
+        return self._values[row * self._slots : (row + 1) * self._slots].tolist()
+
+    def probe(self, row: int) -> None:
         """Try whether a stream can write a word and wait for it. Raises TensorMQError."""
+        place = row * self._slots
         word = self._address + _WORD * place
         with _stream_apart(self._device) as stream:
             _checked(driver.cuStreamWriteValue64(stream, word, 1, _WRITE))
@@ -252,38 +268,6 @@ class _Words:
         self._pinned.close()
         # The loop's thread may be looking at them, for the death of a producer.
         self._values = memoryview(bytearray(self._values)).cast("Q")
-
-
-class _Row:
-    """The words of one end: one for each slot."""
-
-    def __init__(self, words: _Words, start: int, slots: int) -> None:
-        self._words = words
-        self._start = start
-        self._slots = slots
-
-    def write(self, slot: int, value: int) -> None:
-        """The current stream writes `value` after what it was given so far."""
-        self._words.write(self._start + slot, value)
-
-    def wait(self, slot: int, value: int) -> None:
-        """What the current stream is given from here on begins when the word is `value` or more."""
-        self._words.wait(self._start + slot, value)
-
-    def put(self, slot: int, value: int) -> None:
-        """Write a word at once; streams that wait for it go on."""
-        self._words.put(self._start + slot, value)
-
-    def fill(self, value: int) -> None:
-        """As `put`, all of them."""
-        for slot in range(self._slots):
-            self.put(slot, value)
-
-    def probe(self) -> None:
-        self._words.probe(self._start)
-
-    def read(self) -> list[int]:
-        return self._words.read(self._start, self._start + self._slots)
 
 
 class DeviceSlab:
@@ -312,10 +296,8 @@ class DeviceSlab:
             self._words = _Words(self._page.memory, slots, self._device)
             self._memory = _as_bytes(self._pointer, self._size, self._device)
             stack.pop_all()
-        self._filled = self._words.row(0)
         self._next = 0
         self._consumers: dict[object, int] = {}
-        self._emptied: dict[object, _Row] = {}
         self._last: list[tuple[int, tuple[object, ...]]] = [(0, ())] * slots
         self._sequence = 0
 
@@ -337,23 +319,21 @@ class DeviceSlab:
     def attach(self, peer: object, consumer: int) -> None:
         """`peer` is the consumer that was offered the words `consumer`."""
         self._consumers[peer] = consumer
-        self._emptied[peer] = self._words.row(1 + consumer)
-        self._emptied[peer].fill(self._sequence)
+        self._words.fill(_emptied(consumer), self._sequence)
 
     def detach(self, peer: object) -> None:
         """The consumer is gone; what waits for it on the GPU goes on."""
-        emptied = self._emptied.pop(peer, None)
-        if emptied is not None:
-            del self._consumers[peer]
-            emptied.fill(self._sequence)
+        consumer = self._consumers.pop(peer, None)
+        if consumer is not None:
+            self._words.fill(_emptied(consumer), self._sequence)
 
     def reuse(self, slot: int) -> None:
         """What the current stream writes to `slot` from here on waits for its last use."""
         sequence, holders = self._last[slot]
         for peer in holders:
-            emptied = self._emptied.get(peer)
-            if emptied is not None:  # a peer that died uses nothing any more
-                emptied.wait(slot, sequence)
+            consumer = self._consumers.get(peer)
+            if consumer is not None:  # a peer that died uses nothing any more
+                self._words.wait(_emptied(consumer), slot, sequence)
 
     def view(self, slot: int, spec: wire.TensorSpec) -> torch.Tensor:
         return _view(self._memory, spec, wire.HEADER_BYTES + slot * self._slot_bytes)
@@ -373,7 +353,7 @@ class DeviceSlab:
     def publish(self, slot: int, sequence: int, holders: Iterable[object]) -> None:
         """All that the current stream has been given so far belongs to the slot's content."""
         self._sequence = sequence
-        self._filled.write(slot, sequence)
+        self._words.write(_FILLED, slot, sequence)
         self._last[slot] = sequence, tuple(holders)
 
     def close(self) -> None:
@@ -414,25 +394,22 @@ class DeviceMapping:
                 self._pointer = int(_checked(rt.cudaIpcOpenMemHandle(handle, _LAZY_PEER_ACCESS)))
             except TensorMQError as error:
                 raise NegotiationError(f"cannot open the producer's GPU memory: {error}") from None
-        try:
+        self._emptied = _emptied(offer.consumer)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._unmap)
             self._look(nonce)
             view = _as_bytes_of_peer if elsewhere else _as_bytes
             self._memory = view(self._pointer, offer.size, self._device)
             self._words = _Words(words, slots, self._device)
-        except BaseException:
-            self._unmap()
-            raise
-        self._filled = self._words.row(0)
-        self._emptied = self._words.row(1 + offer.consumer)
-        try:
-            # Nobody waits for these words before this end has said welcome.
-            self._emptied.probe()
-        except TensorMQError as error:
-            self._words.close()
-            self._unmap()
-            raise NegotiationError(
-                f"streams cannot wait for words in the producer's memory: {error}"
-            ) from None
+            stack.callback(self._words.close)
+            try:
+                # Nobody waits for these words before this end has said welcome.
+                self._words.probe(self._emptied)
+            except TensorMQError as error:
+                raise NegotiationError(
+                    f"streams cannot wait for words in the producer's memory: {error}"
+                ) from None
+            stack.pop_all()
 
     def _look(self, nonce: int) -> None:
         """Raises NegotiationError when this is other memory than the producer speaks of."""
@@ -445,22 +422,22 @@ class DeviceMapping:
 
     def expect(self, slot: int, sequence: int) -> None:
         """What the current stream reads from `slot` from here on waits for its content."""
-        self._filled.wait(slot, sequence)
+        self._words.wait(_FILLED, slot, sequence)
 
     def view(self, slot: int, spec: wire.TensorSpec) -> torch.Tensor:
         return _view(self._memory, spec, wire.HEADER_BYTES + slot * self._slot_bytes)
 
     def release(self, slot: int, sequence: int) -> None:
         """The current stream's work so far was the last use of this slot."""
-        self._emptied.write(slot, sequence)
+        self._words.write(self._emptied, slot, sequence)
 
     def filled(self) -> list[int]:
         """For each slot the sequence number of the last message whose content is complete."""
-        return self._filled.read()
+        return self._words.read(_FILLED)
 
     def lift(self, slot: int, sequence: int) -> None:
         """Let go what waits for a message whose producer died before it was complete."""
-        self._filled.put(slot, sequence)
+        self._words.put(_FILLED, slot, sequence)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
@@ -485,7 +462,7 @@ class PinnedMemory:
             _checked(rt.cudaHostRegister(self._address, memory.nbytes, _REGISTER_MAPPED))
             try:
                 self.device_pointer = int(_checked(rt.cudaHostGetDevicePointer(self._address, 0)))
-            except BaseException:
+            except TensorMQError:
                 rt.cudaHostUnregister(self._address)
                 raise
 
@@ -508,7 +485,7 @@ def aside(loop: Loop, jobs: Iterable[Callable[[], None]], then: Callable[[], Non
         try:
             for job in jobs:
                 job()
-        except Exception:
+        except (RuntimeError, OSError, TensorMQError):
             log.exception("memory that a GPU has used cannot be released")
         finally:
             loop.call_soon(then)

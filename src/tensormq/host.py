@@ -32,12 +32,17 @@ _MAX_VIEWS = 4096
 _BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
 
+def on_gpu(device: str | None) -> bool:
+    """Whether the device of an end is a GPU."""
+    return device is not None and device.startswith("cuda")
+
+
 def abilities(device: str | None, carriers: Sequence[wire.Carrier] | None) -> wire.Abilities:
     """What an end of this process can do whose tensors live on `device`."""
     gpu: str | None = None
     reaches: tuple[str, ...] = ()
     possible: tuple[wire.Carrier, ...] = (wire.Carrier.SHM, wire.Carrier.INLINE)
-    if device is not None and device.startswith("cuda"):
+    if device is not None and on_gpu(device):
         try:
             from .cuda import gpu_uuid, within_reach  # noqa: PLC0415 - loads torch and CUDA
         except ImportError as error:

@@ -94,7 +94,7 @@ class HostLane(Lane):
         self._slab = slab
         self._device = device
         self._pinned: PinnedMemory | None = None
-        if device is not None and device.startswith("cuda"):
+        if host.on_gpu(device):
             from .cuda import copy  # noqa: PLC0415 - loads torch and CUDA
 
             self.copy = copy

@@ -126,8 +126,8 @@ class _Channel:
         self.slot_bytes = 0
         self.open = False
         self.inline = False
-        self.ending = False
-        self.ended = False
+        self.ending = False  # nothing more is accepted
+        self.ended = False  # nothing is held, and the memory is being unmapped
         # Slots that are leased to this end, in the order of their arrival; when that was, in ns.
         self.leases: dict[int, int] = {}
         self.pidfd: int | None = None
@@ -299,7 +299,7 @@ class Pull:
     ) -> None:
         tcp.require(endpoint, keys, allowed_keys, insecure)
         self._device = device
-        self._gpu = device is not None and device.startswith("cuda")
+        self._gpu = host.on_gpu(device)
         self._abilities = host.abilities(device, carriers)
         self._loop = loop or Loop()
         self._owns_loop = loop is None

@@ -177,6 +177,7 @@ class Push:
                 raise
         except BaseException:
             self._drop(peer)
+            self._unwatch(peer)
             raise
         self._peers.append(peer)
         return peer
@@ -424,10 +425,8 @@ class Push:
         return True
 
     def _live(self, peer: Peer) -> Lane:
-        if peer.lost is not None or peer._lane is None:
-            raise PeerLost(f"{peer.endpoint} is gone: {peer.lost or 'it was never connected'}")
-        if peer._leaving:
-            raise PeerLost(f"{peer.endpoint} is gone: {_DISCONNECTED}")
+        if peer._lane is None or not peer.hears:
+            raise _gone([peer])
         return peer._lane
 
     def _acquire(self, lane: Lane, peers: Sequence[Peer], end: float | None) -> int | None:
@@ -597,13 +596,11 @@ class Push:
         memory than wrong.
         """
         peer.lost = why
-        pidfd, peer._pidfd = peer._pidfd, None
         self._drop(peer)
-        if pidfd is not None:
-            peer._pidfd = pidfd
+        if peer._pidfd is not None:
             self._severed.append(peer)
-            self._loop.unwatch(pidfd)
-            self._loop.watch(pidfd, lambda: self._bury(peer))
+            self._loop.unwatch(peer._pidfd)
+            self._loop.watch(peer._pidfd, lambda: self._bury(peer))
 
     def _bury(self, peer: Peer) -> None:
         """A consumer that was left has ended: it reads no more, and neither does its GPU."""
@@ -658,6 +655,7 @@ class Push:
         if not peer._socket.closed:
             peer._socket.setsockopt(zmq.LINGER, 0)  # what was not sent yet is for nobody
         self._drop(peer)
+        self._unwatch(peer)
         if lane is not None and not peer._leaving:
             self._tell(peer)
 
@@ -668,7 +666,6 @@ class Push:
             self._loop.unwatch_ring(peer._line.incoming)
             peer._line.close()
             peer._line = None
-        self._unwatch(peer)
         if peer._connections is not None:
             peer._connections.close()
             peer._connections = None
@@ -765,7 +762,7 @@ class Push:
         """Free the memory of all lanes, on a GPU when that is done with it."""
         lanes = tuple(self._lanes.values())
         self._lanes.clear()
-        if self._device is None or not self._device.startswith("cuda"):
+        if not host.on_gpu(self._device):
             for lane in lanes:
                 lane.close()
             return
@@ -804,8 +801,11 @@ def _abandon(taken: Iterable[_Taken]) -> None:
 
 
 def _gone(peers: Sequence[Peer]) -> PeerLost:
-    whys = (f"{each.endpoint} is gone: {each.lost or _DISCONNECTED}" for each in peers)
-    return PeerLost("; ".join(whys))
+    return PeerLost("; ".join(f"{peer.endpoint} is gone: {_why(peer)}" for peer in peers))
+
+
+def _why(peer: Peer) -> str:
+    return peer.lost or (_DISCONNECTED if peer._leaving else "it was never connected")
 
 
 def _several(to: Sequence[Peer]) -> tuple[Peer, ...]:
