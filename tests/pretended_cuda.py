@@ -40,6 +40,8 @@ class Gpu:
         self.allocated: dict[int, Any] = {}
         self.opened: list[int] = []
         self.registered: set[int] = set()
+        self.held_up = 0
+        """How often memory was given up while a stream waited for a word."""
         self._streams: dict[int, list[Callable[[], bool]]] = {_DEFAULT: []}
         self._lock = threading.RLock()
 
@@ -72,6 +74,11 @@ class Gpu:
             assert time.monotonic() < end, "this would wait for ever"
             time.sleep(0.001)
 
+    def _give_up(self) -> None:
+        """What calls do that free or unmap: wait for all streams, and let no thread launch."""
+        self.held_up += self.waits()
+        self.synchronize()
+
     def _give(self, what: str, stream: int, step: Callable[[], bool]) -> tuple[_Code]:
         with self._lock:
             self.given.append(what)
@@ -88,7 +95,7 @@ class Gpu:
             return _Code.DONE, ctypes.addressof(memory)
 
         def free(pointer: int) -> tuple[_Code]:
-            self.synchronize()
+            self._give_up()
             del self.allocated[pointer]
             return (_Code.DONE,)
 
@@ -97,7 +104,7 @@ class Gpu:
             return _Code.DONE, self.opened[-1]
 
         def close_handle(pointer: int) -> tuple[_Code]:
-            self.synchronize()
+            self._give_up()
             self.opened.remove(pointer)
             return (_Code.DONE,)
 
@@ -106,6 +113,7 @@ class Gpu:
             return (_Code.DONE,)
 
         def unregister(address: int) -> tuple[_Code]:
+            self._give_up()
             self.registered.remove(address)
             return (_Code.DONE,)
 

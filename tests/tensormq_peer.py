@@ -4,6 +4,7 @@ CARRIER DOORBELL KEYS`.
 echo:  receives on ENDPOINT and sends every message back, doubled, to REPLY.
 hold:  receives on ENDPOINT and releases nothing.
 flood: sends to ENDPOINT without end.
+labour: as flood, and the GPU computes for 30 ms before each content is complete.
 tear:  announces one whole message and one whose content the GPU computes for a minute.
 cling: receives one message on ENDPOINT, uses it for a minute of the GPU's time and releases it.
 KEYS is a directory with the keys of both ends, for tcp, or "-". Prints "ready" once it is, and
@@ -23,7 +24,11 @@ from tensormq import Carrier, Doorbell, Loop, Pull, Push, load_keys
 
 
 def busy_for_a_minute() -> None:
-    torch.cuda._sleep(60 * 1_700_000_000)  # clock cycles of the GPU
+    busy(60)
+
+
+def busy(seconds: float) -> None:
+    torch.cuda._sleep(int(seconds * 1_700_000_000))  # clock cycles of the GPU
 
 
 def main() -> None:
@@ -42,13 +47,15 @@ def main() -> None:
         mine, theirs = (load_keys(Path(directory) / name) for name in ("there", "here"))
         open_pull = functools.partial(open_pull, keys=mine, allowed_keys=[theirs.public])
         connect = functools.partial(connect, keys=mine, server_key=theirs.public)
-    if role == "flood":
+    if role in {"flood", "labour"}:
         push = open_push(slots=4, slot_bytes=1 << 20)
         print("ready", flush=True)
         peer = connect(push, endpoint)
         number = 0
         while True:
             number += 1
+            if role == "labour":
+                busy(0.03)
             push.send({"n": torch.full((1 << 16,), float(number), device=device)}, to=peer)
     if role == "tear":
         push = open_push(slots=2, slot_bytes=1 << 10)

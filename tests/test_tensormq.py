@@ -520,6 +520,35 @@ def test_streams_that_wait_for_a_killed_producer(how: How, other: Other, told: b
 
 @pytest.mark.gpu
 @ON_A_GPU
+def test_a_producer_that_dies_while_the_memory_of_another_is_given_up(
+    how: How, other: Other
+) -> None:
+    with other.pull() as pull:
+        first, second = (other.start(role, pull.endpoint) for role in ("flood", "labour"))
+
+        def compute(seconds: float) -> None:
+            """On whatever comes; content that is still to come keeps the stream waiting."""
+            end = time.monotonic() + seconds
+            while (left := end - time.monotonic()) > 0:
+                try:
+                    with pull.recv(timeout=left) as message:
+                        message.tensors["n"].sum()
+                except Timeout:
+                    return
+
+        assert pull._loop.run_until(lambda: len(pull._channels) == 2, 20)
+        compute(0.5)
+        first.kill()
+        compute(0.08)
+        second.kill()
+        compute(1)
+        assert pull._loop.run_until(lambda: not pull._channels, 5)
+        torch.cuda.synchronize()
+        assert pull.leases == 0
+
+
+@pytest.mark.gpu
+@ON_A_GPU
 def test_a_slot_that_a_killed_consumer_was_using_can_be_written(how: How, other: Other) -> None:
     with other.push(slots=1, slot_bytes=1 << 10) as push:
         process = other.start("cling")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from pretended_cuda import Gpu, pretended
-from tensormq import Loop, NegotiationError, Pull, Push, TensorMQError, host
+from tensormq import Carrier, Loop, NegotiationError, Pull, Push, TensorMQError, host, wire
+from tensormq import pull as pull_module
 from tensormq.process import this_process
 
 NONCE = 0x1234567890
@@ -45,7 +47,12 @@ def memfds() -> int:
 def mapping_of(cuda: Any, slab: Any, nonce: int = NONCE) -> tuple[Any, int]:
     offer = slab.offer()
     words = host.HostMapping(this_process(), NONCE, offer.words).memory
-    mapping = cuda.DeviceMapping(nonce, offer, words, 4, 1024, DEVICE, elsewhere=False)
+    mapping = cuda.DeviceMapping(offer, 1024, DEVICE, elsewhere=False)
+    try:
+        mapping.join(nonce, words, 4)
+    except NegotiationError:
+        mapping.close()
+        raise
     return mapping, offer.consumer
 
 
@@ -60,6 +67,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
         mapping.close()
         slab.close()
         assert (gpu.allocated, gpu.opened, gpu.registered) == ({}, [], set())
+        assert gpu.held_up == 0
 
 
 def test_what_is_there_is_not_waited_for(ends: Ends) -> None:
@@ -128,6 +136,49 @@ def test_the_loop_goes_on_while_memory_waits_for_the_gpu(ends: Ends) -> None:
     assert len(ends.gpu.opened) == 1
 
 
+def test_no_stream_is_told_to_wait_while_memory_is_given_up(ends: Ends) -> None:
+    began, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    def job() -> None:
+        began.set()
+        go_on.wait(10)
+
+    with Loop() as loop:
+        ends.cuda.aside(loop, [job], done.set)
+        assert began.wait(10)
+        other = threading.Thread(target=ends.mapping.expect, args=(0, 1))
+        other.start()
+        other.join(0.05)
+        assert ends.gpu.given == []
+        go_on.set()
+        other.join(10)
+        assert ends.gpu.given == ["wait"]
+        ends.publish(0, 1)
+        assert loop.run_until(done.is_set, timeout=5)
+
+
+def test_memory_is_given_up_under_a_load_that_never_ends(ends: Ends) -> None:
+    other, _ = mapping_of(ends.cuda, ends.slab)
+    done = threading.Event()
+    with Loop() as loop:
+        ends.mapping.expect(1, 1)
+        ends.cuda.aside(loop, [other.close], done.set)
+        sequence = 1
+        end = time.monotonic() + 10
+        while len(ends.gpu.opened) > 1:
+            assert time.monotonic() < end
+            # The stream is told to wait for the next before it has what it waits for.
+            ends.mapping.release(sequence % 4, sequence)
+            sequence += 1
+            following = threading.Thread(target=ends.mapping.expect, args=(sequence % 4, sequence))
+            following.start()
+            following.join(0.002)
+            ends.publish((sequence - 1) % 4, sequence - 1)
+            following.join()
+        ends.publish(sequence % 4, sequence)
+        assert loop.run_until(done.is_set, timeout=5)
+
+
 def test_what_cannot_be_allocated_leaves_nothing(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,3 +219,36 @@ def test_a_channel_ends_when_the_gpu_is_done_with_it(
         gpu_is_done.set()
         assert loop.run_until(lambda: peer.lost is not None, timeout=5)
         assert not pull._channels
+
+
+def test_who_declines_gives_up_what_it_mapped_beside_the_loop(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed_by: list[str] = []
+
+    def close() -> None:
+        time.sleep(0.1)
+        closed_by.append(threading.current_thread().name)
+
+    map_offer = pull_module._Channel.map
+
+    def map_and_fail(channel: Any, offer: wire.Offer) -> None:
+        if offer.carrier is not Carrier.SHM:
+            return map_offer(channel, offer)
+        channel._pinned = SimpleNamespace(close=close)
+        raise TensorMQError("no pages")
+
+    monkeypatch.setattr(pull_module._Channel, "map", map_and_fail)
+    with (
+        pretended(monkeypatch) as (_, cuda),
+        Loop() as loop,
+        Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull,
+        Push(slot_bytes=256, loop=loop) as push,
+    ):
+        monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
+        peer = push.connect(pull.endpoint)
+        assert peer.statistics.carrier is Carrier.INLINE
+        assert closed_by == ["tensormq aside"]
+        push.send({"x": np.ones(4, np.float32)}, to=peer)
+        with pull.recv(timeout=1) as message:
+            assert message.tensors["x"].sum() == 4

@@ -28,6 +28,7 @@ import contextlib
 import ctypes
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -47,6 +48,8 @@ _REGISTER_MAPPED = 2  # cudaHostRegisterMapped
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _ANY_WAY = rt.cudaMemcpyKind.cudaMemcpyDefault  # CUDA knows where addresses lie
 _WORD = 8
+_MANY_WAITS = 256
+_SHORT, _LONG = 0.001, 0.5  # s
 _WAIT_GEQ = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
 # The default write is a barrier: what the stream did before is visible to whoever sees the word.
 _WRITE = int(driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT)
@@ -202,6 +205,57 @@ def _stream_apart(device: torch.device) -> Iterator[Any]:
             _checked(rt.cudaStreamDestroy(stream))
 
 
+class _Waits:
+    """The words that this process' streams were told to wait for, and a pause of telling them.
+
+    While one waits, a call that frees or unmaps memory does not return, and no other thread can
+    launch a kernel (measured: docs/results/h100.md). Were the word a dead process', only the loop
+    could end that, whose thread launches kernels. So nothing is freed before all have been
+    written, and no stream is told to wait while something is freed.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._told: list[tuple[_Words, int, int]] = []
+
+    def add(self, words: _Words, place: int, value: int) -> None:
+        """For a stream that is told to wait while the lock is held."""
+        if len(self._told) >= _MANY_WAITS:
+            self._look()
+        self._told.append((words, place, value))
+
+    def pause(self, jobs: Iterable[Callable[[], None]]) -> None:
+        """Do `jobs` while no stream waits; those who would have one wait, wait for that.
+
+        Under a load that never ends streams always wait: they are given longer and longer to be
+        done, and the loop has its turn in between.
+        """
+        patience = 0.0
+        while True:
+            with self.lock:
+                if self._end_within(patience):
+                    for job in jobs:
+                        job()
+                    return
+            patience = min(2 * patience + _SHORT, _LONG)
+            time.sleep(patience)
+
+    def _end_within(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not self._look():
+            if time.monotonic() > end:
+                return False
+            time.sleep(_SHORT)
+        return True
+
+    def _look(self) -> bool:
+        """Whether no stream waits any more."""
+        self._told = [each for each in self._told if not each[0].there(each[1], each[2])]
+        return not self._told
+
+
+_waits = _Waits()
+
 _FILLED = 0
 """The row of words that the producer's stream writes."""
 
@@ -234,12 +288,18 @@ class _Words:
         """What the current stream is given from here on begins when the word is `value` or more."""
         place = row * self._slots + slot
         # The GPU wrote it when all before it was done, and what it is given now comes after.
-        if self._values[place] < value:
+        if not self.there(place, value):
             word = self._address + _WORD * place
-            _give(
-                self._index,
-                lambda stream: driver.cuStreamWaitValue64(stream, word, value, _WAIT_GEQ),
-            )
+            with _waits.lock:
+                _waits.add(self, place, value)
+                _give(
+                    self._index,
+                    lambda stream: driver.cuStreamWaitValue64(stream, word, value, _WAIT_GEQ),
+                )
+
+    def there(self, place: int, value: int) -> bool:
+        """Whether who waits for this goes on."""
+        return self._values[place] >= value
 
     def put(self, row: int, slot: int, value: int) -> None:
         """Write a word at once; streams that wait for it go on."""
@@ -367,25 +427,19 @@ class DeviceSlab:
 
 
 class DeviceMapping:
-    """The consumer's view of a DeviceSlab. Raises NegotiationError when it cannot be had.
+    """The consumer's view of a DeviceSlab, of use after `join`, to be closed `aside` in any case.
 
-    words: the slab's words, mapped. elsewhere: the slab lies on another GPU than `device`, which
-    reads it from there.
+    elsewhere: the slab lies on another GPU than `device`, which reads it from there.
+    Raises NegotiationError when it cannot be opened.
     """
 
     def __init__(
-        self,
-        nonce: int,
-        offer: wire.DeviceSlab,
-        words: memoryview,
-        slots: int,
-        slot_bytes: int,
-        device: str,
-        *,
-        elsewhere: bool,
+        self, offer: wire.DeviceSlab, slot_bytes: int, device: str, *, elsewhere: bool
     ) -> None:
         self._device = _numbered(device)
         self._slot_bytes = slot_bytes
+        self._emptied = _emptied(offer.consumer)
+        self._cleanup = contextlib.ExitStack()
         handle = rt.cudaIpcMemHandle_t()
         handle.reserved = offer.handle
         with torch.cuda.device(self._device):
@@ -394,25 +448,26 @@ class DeviceMapping:
                 self._pointer = int(_checked(rt.cudaIpcOpenMemHandle(handle, _LAZY_PEER_ACCESS)))
             except TensorMQError as error:
                 raise NegotiationError(f"cannot open the producer's GPU memory: {error}") from None
-        self._emptied = _emptied(offer.consumer)
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._unmap)
-            self._look(nonce)
-            view = _as_bytes_of_peer if elsewhere else _as_bytes
-            self._memory = view(self._pointer, offer.size, self._device)
+        self._cleanup.callback(self._unmap)
+        view = _as_bytes_of_peer if elsewhere else _as_bytes
+        self._memory = view(self._pointer, offer.size, self._device)
+
+    def join(self, nonce: int, words: memoryview, slots: int) -> None:
+        """Make sure that this is the memory the producer speaks of, and that streams can wait for
+        its words, which are `words`, mapped. Raises NegotiationError; then the mapping is good for
+        nothing but to be closed."""
+        self._look(nonce)
+        try:
             self._words = _Words(words, slots, self._device)
-            stack.callback(self._words.close)
-            try:
-                # Nobody waits for these words before this end has said welcome.
-                self._words.probe(self._emptied)
-            except TensorMQError as error:
-                raise NegotiationError(
-                    f"streams cannot wait for words in the producer's memory: {error}"
-                ) from None
-            stack.pop_all()
+            self._cleanup.callback(self._words.close)
+            # Nobody waits for these words before this end has said welcome.
+            self._words.probe(self._emptied)
+        except TensorMQError as error:
+            raise NegotiationError(
+                f"streams cannot wait for words in the producer's memory: {error}"
+            ) from None
 
     def _look(self, nonce: int) -> None:
-        """Raises NegotiationError when this is other memory than the producer speaks of."""
         found = ctypes.create_string_buffer(wire.NONCE_BYTES)
         with _stream_apart(self._device) as stream:
             to, size = ctypes.addressof(found), wire.NONCE_BYTES
@@ -441,9 +496,8 @@ class DeviceMapping:
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
-        self._words.close()
         self._memory = torch.empty(0)  # nothing here sees it any more
-        self._unmap()
+        self._cleanup.close()
 
     def _unmap(self) -> None:
         with torch.cuda.device(self._device):
@@ -478,13 +532,12 @@ def aside(loop: Loop, jobs: Iterable[Callable[[], None]], then: Callable[[], Non
 
     To free or unmap what a GPU has used waits for all that its streams have to do. One of them may
     wait for a word of another process, which has died and of which only the loop will hear: in the
-    loop's thread that would take for ever.
+    loop's thread that would take for ever. See also `_Waits`.
     """
 
     def work() -> None:
         try:
-            for job in jobs:
-                job()
+            _waits.pause(jobs)
         except (RuntimeError, OSError, TensorMQError):
             log.exception("memory that a GPU has used cannot be released")
         finally:

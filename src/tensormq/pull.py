@@ -126,6 +126,7 @@ class _Channel:
         self.slot_bytes = 0
         self.open = False
         self.inline = False
+        self.declining = False  # what was mapped of its offer is being given up
         self.ending = False  # nothing more is accepted
         self.ended = False  # nothing is held, and the memory is being unmapped
         # Slots that are leased to this end, in the order of their arrival; when that was, in ns.
@@ -155,7 +156,8 @@ class _Channel:
                     raise NegotiationError(f"there is no consumer {slab.consumer} of a slab")
                 _expect(slab.words.size, wire.HEADER_BYTES + wire.words_size(offer.slots))
                 words = host.HostMapping(self.abilities.process, offer.nonce, slab.words)
-                self._device = self.pull._open(offer, slab, words.memory, self.abilities.gpu)
+                self._device = self.pull._open(slab, offer.slot_bytes, self.abilities.gpu)
+                self._device.join(offer.nonce, words.memory, offer.slots)
                 self._views = host.Views(self._device.view, numpy=False)
             case wire.NoSlab() if offer.carrier is Carrier.INLINE:
                 largest = self.pull._max_slot_bytes
@@ -246,7 +248,7 @@ class _Channel:
                 self._device.lift(slot, sequence)
 
     def closers(self) -> list[Callable[[], None]]:
-        """What is to be done before `unmap`, and waits for the GPU."""
+        """What gives up the memory that CUDA knows of, and waits for the GPU."""
         return [each.close for each in (self._pinned, self._device) if each is not None]
 
     def unmap(self) -> None:
@@ -497,6 +499,8 @@ class Pull:
     def _consider(self, channel: _Channel, offer: wire.Offer) -> None:
         if channel.open:
             raise ProtocolError("an offer on a channel that is open")
+        if channel.declining:
+            raise ProtocolError("an offer before the one before it was answered")
         if not (0 < offer.slots <= wire.MAX_SLOTS and offer.slot_bytes > 0):
             raise ProtocolError(f"an offer of {offer.slots} slots of {offer.slot_bytes} bytes")
         if offer.carrier not in wire.candidates(channel.abilities, self._abilities)[0]:
@@ -504,13 +508,22 @@ class Pull:
         try:
             channel.map(offer)
         except (TensorMQError, OSError, ValueError) as error:
-            for close in channel.closers():
-                close()
-            channel.unmap()
-            self._answer(channel, wire.Decline(channel.epoch, str(error)))
+            self._decline(channel, str(error))
             return
         bell = self._open_line(channel, offer)
         self._answer(channel, wire.Welcome(channel.epoch, bell))
+
+    def _decline(self, channel: _Channel, why: str) -> None:
+        """Give up what was mapped of an offer, then say so."""
+        channel.declining = True
+        jobs = channel.closers()
+        channel.unmap()
+
+        def answer() -> None:
+            channel.declining = False
+            self._answer(channel, wire.Decline(channel.epoch, why))
+
+        self._aside(jobs, answer)
 
     def _open_line(self, channel: _Channel, offer: wire.Offer) -> wire.Bell | None:
         """Join the rings that were offered; without them the channel keeps to its socket."""
@@ -563,14 +576,18 @@ class Pull:
             for channel in ending:
                 self._forget(channel)
 
+        self._aside(jobs, forget)
+        for channel in ending:
+            channel.ended = True
+
+    def _aside(self, jobs: Sequence[Callable[[], None]], then: Callable[[], None]) -> None:
+        """Do what waits for the GPU beside the loop; `then` at once where there is nothing."""
         if jobs:
             from .cuda import aside  # noqa: PLC0415
 
-            aside(self._loop, jobs, forget)
+            aside(self._loop, jobs, then)
         else:
-            forget()
-        for channel in ending:
-            channel.ended = True
+            then()
 
     def _forget(self, channel: _Channel) -> None:
         if self._channels.pop(channel.identity, None) is None:
@@ -632,20 +649,11 @@ class Pull:
 
         return PinnedMemory(memory, str(self._device))
 
-    def _open(
-        self, offer: wire.Offer, slab: wire.DeviceSlab, words: memoryview, gpu: str | None
-    ) -> DeviceMapping:
+    def _open(self, slab: wire.DeviceSlab, slot_bytes: int, gpu: str | None) -> DeviceMapping:
         from .cuda import DeviceMapping  # noqa: PLC0415
 
-        return DeviceMapping(
-            offer.nonce,
-            slab,
-            words,
-            offer.slots,
-            offer.slot_bytes,
-            str(self._device),
-            elsewhere=gpu != self._abilities.gpu,
-        )
+        elsewhere = gpu != self._abilities.gpu
+        return DeviceMapping(slab, slot_bytes, str(self._device), elsewhere=elsewhere)
 
     def _after_gpu(self, callback: Callable[[], None]) -> None:
         if self._completions is None:
