@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py fuzz --count 1000000
     python benchmarks/soak.py restarts --count 10000 --device cpu
+    python benchmarks/soak.py reopen --count 10000 --device cuda:0
 
 fuzz: random and damaged frames and rings. Each must be parsed or refused with the one error that is
 meant for it; anything else ends the run with a traceback. Says how many there were of each.
@@ -12,6 +13,10 @@ this process holds after a tenth of them and at the end: file descriptors, threa
 (memfds), memory of the GPU, entries of /dev/shm, resident memory, and what of the GPU's memory is
 taken by whomever. Ends with status 1 when one of the first four has grown, and with a traceback
 when a message was torn, a slot lost or a death not noticed.
+
+reopen: another process opens and closes its ends instead of being killed, by turns a Push end and a
+Pull end: what a process takes to start with a GPU, most of a second, is left out. Says the same of
+both processes.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +48,7 @@ from tensormq.process import this_process
 from tensormq.ring import HEADER_BYTES, Reader, Writer
 
 _CAPACITY = 4096
+_MESSAGES = 3
 _OWN = "descriptors", "threads", "memfds", "GPU MiB of this process"
 """What nobody else holds, and must not grow. Other programs use shared memory and the GPU too."""
 
@@ -205,13 +212,87 @@ def restarts(count: int, device: str, seconds: float) -> dict[str, Any]:
                 break
         late = _held(device)
     shutil.rmtree(directory)
-    growth = {name: late[name] - early[name] for name in late}
+    return _compared(counted, early, late)
+
+
+def _come_and_go(inbox: str, outbox: str, device: str, told: Connection) -> None:
+    """Open an end, use it and close it, as often as it is told to."""
+    tensor = torch.ones(4096, device=device)
+    while (what := told.recv()) != "end":
+        if what == "push":
+            with Push(slots=4, slot_bytes=1 << 16, device=device) as push:
+                peer = push.connect(inbox, timeout=60)
+                for _ in range(_MESSAGES):
+                    push.send({"n": tensor}, to=peer)
+        elif what == "pull":
+            with Pull(outbox, device=device) as pull:
+                told.send("open")
+                for _ in range(_MESSAGES):
+                    pull.recv(timeout=60).release()
+        else:
+            told.send(_held(device))
+
+
+def reopen(count: int, device: str, seconds: float) -> dict[str, Any]:
+    """Have another process open and close ends, `count` in all or until `seconds` have passed."""
+    until = time.monotonic() + seconds
+    directory = Path(tempfile.mkdtemp(prefix="soak-"))
+    inbox, outbox = f"ipc://{directory}/in", f"ipc://{directory}/out"
+    context = mp.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_come_and_go, args=(inbox, outbox, device, there), daemon=True)
+    counted: Counter[str] = Counter()
+    early: dict[str, float] = {}
+    with (
+        Loop() as loop,
+        Pull(inbox, device=device, loop=loop) as pull,
+        Push(slots=4, slot_bytes=1 << 16, device=device, loop=loop) as push,
+    ):
+        tensor = torch.ones(4096, device=device)
+
+        def held() -> dict[str, float]:
+            here.send("held")
+            theirs = {f"{name}, there": value for name, value in here.recv().items()}
+            return _held(device) | theirs
+
+        process.start()
+        for number in range(count):
+            if number % 2 == 0:
+                here.send("push")
+                for _ in range(_MESSAGES):
+                    pull.recv(timeout=60).release()
+                assert loop.run_until(lambda: not pull._channels, 10), "a channel did not end"
+            else:
+                here.send("pull")
+                assert here.recv() == "open"
+                peer = push.connect(outbox)
+                for _ in range(_MESSAGES):
+                    push.send({"n": tensor}, to=peer)
+                assert loop.run_until(lambda: not push.peers, 10), "a goodbye was not heard"
+                assert push.leased_slots == 0, "a slot was lost"
+            counted["ends"] += 1
+            counted["messages"] += _MESSAGES
+            if number == max(1, count // 10):
+                early = held()
+            if early and time.monotonic() > until:
+                break
+        late = held()
+        here.send("end")
+        process.join()
+    shutil.rmtree(directory)
+    return _compared(counted, early, late)
+
+
+def _compared(
+    counted: Counter[str], early: dict[str, float], late: dict[str, float]
+) -> dict[str, Any]:
+    growth = {name: round(late[name] - early[name], 1) for name in late}
     return {
         "counted": dict(counted),
         "after a tenth": early,
         "at the end": late,
         "growth": growth,
-        "grown": [name for name in _OWN if growth.get(name, 0) > 0],
+        "grown": [name for name in growth if name.startswith(_OWN) and growth[name] > 0],
     }
 
 
@@ -260,14 +341,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["fuzz", "restarts"])
+    parser.add_argument("what", choices=["fuzz", "restarts", "reopen"])
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--seconds",
         type=float,
         default=float("inf"),
-        help="of restarts: end after so long, but not before a tenth of the count",
+        help="not of fuzz: end after so long, but not before a tenth of the count",
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where to write the results")
@@ -278,7 +359,8 @@ def main() -> None:
     if options.what == "fuzz":
         results = fuzz(options.count, options.seed)
     else:
-        results = restarts(options.count, options.device, options.seconds)
+        run = restarts if options.what == "restarts" else reopen
+        results = run(options.count, options.device, options.seconds)
     results["seconds"] = round(time.monotonic() - begun, 1)
     for name, value in results.items():
         print(f"{name}: {value}")

@@ -46,3 +46,11 @@ def test_restarts_of_either_end_leave_nothing(tmp_path: Path, device: str) -> No
     assert results["counted"]["messages received"] > 0
     assert results["counted"]["messages sent"] > 0
     assert results["grown"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_ends_that_are_opened_and_closed_leave_nothing(tmp_path: Path, device: str) -> None:
+    results = soak(tmp_path, "reopen", "--count", "60", "--device", device)
+    assert results["counted"] == {"ends": 60, "messages": 180}
+    assert results["grown"] == []
