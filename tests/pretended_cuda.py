@@ -40,8 +40,6 @@ class Gpu:
         self.allocated: dict[int, Any] = {}
         self.opened: list[int] = []
         self.registered: set[int] = set()
-        self.held_up = 0
-        """How often memory was given up while a stream waited for a word."""
         self._streams: dict[int, list[Callable[[], bool]]] = {_DEFAULT: []}
         self._lock = threading.RLock()
 
@@ -74,11 +72,6 @@ class Gpu:
             assert time.monotonic() < end, "this would wait for ever"
             time.sleep(0.001)
 
-    def _give_up(self) -> None:
-        """What calls do that free or unmap: wait for all streams, and let no thread launch."""
-        self.held_up += self.waits()
-        self.synchronize()
-
     def _give(self, what: str, stream: int, step: Callable[[], bool]) -> tuple[_Code]:
         with self._lock:
             self.given.append(what)
@@ -95,7 +88,7 @@ class Gpu:
             return _Code.DONE, ctypes.addressof(memory)
 
         def free(pointer: int) -> tuple[_Code]:
-            self._give_up()
+            self.synchronize()
             del self.allocated[pointer]
             return (_Code.DONE,)
 
@@ -104,7 +97,7 @@ class Gpu:
             return _Code.DONE, self.opened[-1]
 
         def close_handle(pointer: int) -> tuple[_Code]:
-            self._give_up()
+            self.synchronize()
             self.opened.remove(pointer)
             return (_Code.DONE,)
 
@@ -113,7 +106,6 @@ class Gpu:
             return (_Code.DONE,)
 
         def unregister(address: int) -> tuple[_Code]:
-            self._give_up()
             self.registered.remove(address)
             return (_Code.DONE,)
 

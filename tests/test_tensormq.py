@@ -451,8 +451,10 @@ def test_what_a_killed_producer_sent_stays_whole(how: How, other: Other) -> None
         for _ in range(20):
             with pull.recv(timeout=10) as message:
                 last = message.tensors["n"][0].item()
+        (channel,) = pull._channels.values()
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        # What was announced and is not complete is dropped then.
+        assert pull._loop.run_until(lambda: channel.ending, 5)
         try:
             while True:
                 with pull.recv(timeout=0.5) as message:
@@ -520,9 +522,37 @@ def test_streams_that_wait_for_a_killed_producer(how: How, other: Other, told: b
 
 @pytest.mark.gpu
 @ON_A_GPU
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda x: x.tolist(), id="read"),
+        # More than a stream that waits has room for.
+        pytest.param(lambda x: [x + number for number in range(5000)], id="launch"),
+    ],
+)
+def test_whose_thread_waits_for_a_killed_producer_goes_on(
+    how: How, other: Other, use: Callable[[torch.Tensor], object]
+) -> None:
+    with other.pull() as pull:
+        process = other.start("tear", pull.endpoint)
+        pull.recv(timeout=10).release()
+        with pull.recv(timeout=10) as message:
+            process.kill()
+            killed = time.monotonic()
+            # In the loop's thread, which hears of nothing meanwhile.
+            use(message.tensors["n"])
+            assert time.monotonic() - killed < 2
+            assert pull.torn == 0
+            assert pull._loop.run_until(lambda: pull.torn == 1, 5)
+        assert pull._loop.run_until(lambda: not pull._channels, 5)
+
+
+@pytest.mark.gpu
+@ON_A_GPU
 def test_a_producer_that_dies_while_the_memory_of_another_is_given_up(
     how: How, other: Other
 ) -> None:
+    """Far more is launched than a stream that waits has room for: launches wait, too."""
     with other.pull() as pull:
         first, second = (other.start(role, pull.endpoint) for role in ("flood", "labour"))
 

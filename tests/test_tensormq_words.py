@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +16,17 @@ import numpy as np
 import pytest
 
 from pretended_cuda import Gpu, pretended
-from tensormq import Carrier, Loop, NegotiationError, Pull, Push, TensorMQError, host, wire
+from tensormq import (
+    Carrier,
+    Loop,
+    NegotiationError,
+    Pull,
+    Push,
+    TensorMQError,
+    host,
+    watchdog,
+    wire,
+)
 from tensormq import pull as pull_module
 from tensormq.process import this_process
 
@@ -57,17 +69,25 @@ def mapping_of(cuda: Any, slab: Any, nonce: int = NONCE) -> tuple[Any, int]:
 
 
 @pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
+def process() -> Iterator[int]:
+    """A pidfd, of this process."""
+    pidfd = os.pidfd_open(os.getpid())
+    yield pidfd
+    os.close(pidfd)
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch, process: int) -> Iterator[Ends]:
     with pretended(monkeypatch) as (gpu, cuda):
         slab = cuda.DeviceSlab(NONCE, 4, 1024, DEVICE)
         mapping, consumer = mapping_of(cuda, slab)
-        slab.attach("peer", consumer)
+        slab.attach("peer", consumer, process)
         gpu.given.clear()
         yield Ends(gpu, cuda, slab, mapping, gpu.stream())
         mapping.close()
+        slab.detach("peer")
         slab.close()
         assert (gpu.allocated, gpu.opened, gpu.registered) == ({}, [], set())
-        assert gpu.held_up == 0
 
 
 def test_what_is_there_is_not_waited_for(ends: Ends) -> None:
@@ -107,20 +127,49 @@ def test_a_dead_producer_is_not_waited_for(ends: Ends) -> None:
     assert not ends.gpu.waits()
 
 
-def test_a_dead_consumer_is_not_waited_for_and_its_successor_is(ends: Ends) -> None:
+def test_a_dead_consumer_is_not_waited_for_and_its_successor_is(ends: Ends, process: int) -> None:
     ends.publish(0, 1)
     ends.publish(0, 2)
     assert ends.gpu.waits()
     ends.slab.detach("peer")
     assert not ends.gpu.waits()
     successor, consumer = mapping_of(ends.cuda, ends.slab)
-    ends.slab.attach("peer", consumer)
+    ends.slab.attach("peer", consumer, process)
     ends.publish(0, 3)
     ends.publish(0, 4)
     assert ends.gpu.waits()
     successor.release(0, 3)
     assert not ends.gpu.waits()
     successor.close()
+
+
+def test_a_consumer_that_dies_is_not_waited_for_although_no_loop_runs(ends: Ends) -> None:
+    other, consumer = mapping_of(ends.cuda, ends.slab)
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        pidfd = os.pidfd_open(sleeper.pid)
+        ends.slab.attach("sleeper", consumer, pidfd)
+        os.close(pidfd)
+        ends.gpu.current, consumers = ends.stream, ends.gpu.current
+        ends.slab.publish(0, 1, ["sleeper"])
+        ends.slab.reuse(0)
+        time.sleep(2 * watchdog.GRACE)
+        assert ends.gpu.waits()
+        sleeper.kill()
+        ends.gpu.synchronize()
+        ends.gpu.current = consumers
+        other.close()
+        ends.slab.detach("sleeper")
+
+
+def test_what_was_complete_at_a_death_is_known_after_streams_were_let_go(ends: Ends) -> None:
+    ends.publish(1, 7)
+    ends.mapping.expect(2, 8)
+    for _ in range(2):
+        ends.mapping.let_go()
+        assert not ends.gpu.waits()
+        assert ends.mapping.filled() == [0, 7, 0, 0]
+    ends.mapping.expect(3, 9)
+    assert not ends.gpu.waits()
 
 
 def test_the_loop_goes_on_while_memory_waits_for_the_gpu(ends: Ends) -> None:
@@ -134,49 +183,6 @@ def test_the_loop_goes_on_while_memory_waits_for_the_gpu(ends: Ends) -> None:
         loop.call_soon(lambda: ends.mapping.lift(0, 1))
         assert loop.run_until(lambda: bool(done), timeout=5)
     assert len(ends.gpu.opened) == 1
-
-
-def test_no_stream_is_told_to_wait_while_memory_is_given_up(ends: Ends) -> None:
-    began, go_on, done = threading.Event(), threading.Event(), threading.Event()
-
-    def job() -> None:
-        began.set()
-        go_on.wait(10)
-
-    with Loop() as loop:
-        ends.cuda.aside(loop, [job], done.set)
-        assert began.wait(10)
-        other = threading.Thread(target=ends.mapping.expect, args=(0, 1))
-        other.start()
-        other.join(0.05)
-        assert ends.gpu.given == []
-        go_on.set()
-        other.join(10)
-        assert ends.gpu.given == ["wait"]
-        ends.publish(0, 1)
-        assert loop.run_until(done.is_set, timeout=5)
-
-
-def test_memory_is_given_up_under_a_load_that_never_ends(ends: Ends) -> None:
-    other, _ = mapping_of(ends.cuda, ends.slab)
-    done = threading.Event()
-    with Loop() as loop:
-        ends.mapping.expect(1, 1)
-        ends.cuda.aside(loop, [other.close], done.set)
-        sequence = 1
-        end = time.monotonic() + 10
-        while len(ends.gpu.opened) > 1:
-            assert time.monotonic() < end
-            # The stream is told to wait for the next before it has what it waits for.
-            ends.mapping.release(sequence % 4, sequence)
-            sequence += 1
-            following = threading.Thread(target=ends.mapping.expect, args=(sequence % 4, sequence))
-            following.start()
-            following.join(0.002)
-            ends.publish((sequence - 1) % 4, sequence - 1)
-            following.join()
-        ends.publish(sequence % 4, sequence)
-        assert loop.run_until(done.is_set, timeout=5)
 
 
 def test_what_cannot_be_allocated_leaves_nothing(
@@ -219,6 +225,59 @@ def test_a_channel_ends_when_the_gpu_is_done_with_it(
         gpu_is_done.set()
         assert loop.run_until(lambda: peer.lost is not None, timeout=5)
         assert not pull._channels
+
+
+class Torn:
+    """The mapping of a producer that announced two messages and completed one."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def filled(self) -> list[int]:
+        return [1, 0]
+
+    def let_go(self) -> None:
+        self.calls.append("let go")
+
+    def lift(self, slot: int, sequence: int) -> None:
+        self.calls.append(f"lift {slot} {sequence}")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_producer_dies_while_nobody_runs_the_loop(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    torn = Torn()
+    with (
+        pretended(monkeypatch) as (_, cuda),
+        subprocess.Popen(["sleep", "60"]) as sleeper,
+        Loop() as loop,
+        Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull,
+        Push(slot_bytes=256, loop=loop) as push,
+    ):
+        monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
+        if told:
+            pull.on_torn = lambda: torn.calls.append("told")
+        peer = push.connect(pull.endpoint)
+        (channel,) = pull._channels.values()
+        pidfd = os.pidfd_open(sleeper.pid)
+        channel._device = cast(Any, torn)
+        channel._watch = watchdog.Watch(pidfd, channel._let_go)
+        os.close(pidfd)
+        channel._taken = {0: 1, 1: 2}
+        sleeper.kill()
+        time.sleep(3.5 * watchdog.GRACE)
+        assert set(torn.calls) == {"told"} if told else {"let go"}
+        assert len(torn.calls) == 1 or not told
+        torn.calls.clear()
+        pull._lose(channel)
+        assert pull.torn == 1
+        assert loop.run_until(lambda: not pull._channels, timeout=5)
+        assert torn.calls == (["close"] if told else ["lift 1 2", "close"])
+        assert loop.run_until(lambda: peer.lost is not None, timeout=5)
 
 
 def test_who_declines_gives_up_what_it_mapped_beside_the_loop(

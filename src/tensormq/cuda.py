@@ -28,7 +28,6 @@ import contextlib
 import ctypes
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -40,6 +39,7 @@ from cuda.bindings import runtime as rt
 from . import host, wire
 from .errors import NegotiationError, TensorMQError
 from .loop import Loop
+from .watchdog import Watch
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ _REGISTER_MAPPED = 2  # cudaHostRegisterMapped
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _ANY_WAY = rt.cudaMemcpyKind.cudaMemcpyDefault  # CUDA knows where addresses lie
 _WORD = 8
-_MANY_WAITS = 256
-_SHORT, _LONG = 0.001, 0.5  # s
+_LET_GO = 1 << 62
+"""What no message's number reaches."""
 _WAIT_GEQ = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
 # The default write is a barrier: what the stream did before is visible to whoever sees the word.
 _WRITE = int(driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT)
@@ -205,57 +205,6 @@ def _stream_apart(device: torch.device) -> Iterator[Any]:
             _checked(rt.cudaStreamDestroy(stream))
 
 
-class _Waits:
-    """The words that this process' streams were told to wait for, and a pause of telling them.
-
-    While one waits, a call that frees or unmaps memory does not return, and no other thread can
-    launch a kernel (measured: docs/results/h100.md). Were the word a dead process', only the loop
-    could end that, whose thread launches kernels. So nothing is freed before all have been
-    written, and no stream is told to wait while something is freed.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._told: list[tuple[_Words, int, int]] = []
-
-    def add(self, words: _Words, place: int, value: int) -> None:
-        """For a stream that is told to wait while the lock is held."""
-        if len(self._told) >= _MANY_WAITS:
-            self._look()
-        self._told.append((words, place, value))
-
-    def pause(self, jobs: Iterable[Callable[[], None]]) -> None:
-        """Do `jobs` while no stream waits; those who would have one wait, wait for that.
-
-        Under a load that never ends streams always wait: they are given longer and longer to be
-        done, and the loop has its turn in between.
-        """
-        patience = 0.0
-        while True:
-            with self.lock:
-                if self._end_within(patience):
-                    for job in jobs:
-                        job()
-                    return
-            patience = min(2 * patience + _SHORT, _LONG)
-            time.sleep(patience)
-
-    def _end_within(self, seconds: float) -> bool:
-        end = time.monotonic() + seconds
-        while not self._look():
-            if time.monotonic() > end:
-                return False
-            time.sleep(_SHORT)
-        return True
-
-    def _look(self) -> bool:
-        """Whether no stream waits any more."""
-        self._told = [each for each in self._told if not each[0].there(each[1], each[2])]
-        return not self._told
-
-
-_waits = _Waits()
-
 _FILLED = 0
 """The row of words that the producer's stream writes."""
 
@@ -288,18 +237,12 @@ class _Words:
         """What the current stream is given from here on begins when the word is `value` or more."""
         place = row * self._slots + slot
         # The GPU wrote it when all before it was done, and what it is given now comes after.
-        if not self.there(place, value):
+        if self._values[place] < value:
             word = self._address + _WORD * place
-            with _waits.lock:
-                _waits.add(self, place, value)
-                _give(
-                    self._index,
-                    lambda stream: driver.cuStreamWaitValue64(stream, word, value, _WAIT_GEQ),
-                )
-
-    def there(self, place: int, value: int) -> bool:
-        """Whether who waits for this goes on."""
-        return self._values[place] >= value
+            _give(
+                self._index,
+                lambda stream: driver.cuStreamWaitValue64(stream, word, value, _WAIT_GEQ),
+            )
 
     def put(self, row: int, slot: int, value: int) -> None:
         """Write a word at once; streams that wait for it go on."""
@@ -354,10 +297,12 @@ class DeviceSlab:
             self._page = host.HostSlab(nonce, 1, wire.words_size(slots))
             stack.callback(self._page.close)
             self._words = _Words(self._page.memory, slots, self._device)
+            stack.callback(self._words.close)
             self._memory = _as_bytes(self._pointer, self._size, self._device)
             stack.pop_all()
         self._next = 0
         self._consumers: dict[object, int] = {}
+        self._watches: dict[object, Watch] = {}
         self._last: list[tuple[int, tuple[object, ...]]] = [(0, ())] * slots
         self._sequence = 0
 
@@ -376,15 +321,18 @@ class DeviceSlab:
                 return wire.DeviceSlab(self._handle, self._size, index, self._page.offer())
         raise NegotiationError(f"this Push has {wire.CONSUMERS} consumers on the GPU already")
 
-    def attach(self, peer: object, consumer: int) -> None:
-        """`peer` is the consumer that was offered the words `consumer`."""
+    def attach(self, peer: object, consumer: int, pidfd: int) -> None:
+        """`peer` is the consumer that was offered the words `consumer`; `pidfd`: its process."""
+        row = _emptied(consumer)
+        self._watches[peer] = Watch(pidfd, lambda: self._words.fill(row, _LET_GO))
+        self._words.fill(row, self._sequence)
         self._consumers[peer] = consumer
-        self._words.fill(_emptied(consumer), self._sequence)
 
     def detach(self, peer: object) -> None:
         """The consumer is gone; what waits for it on the GPU goes on."""
         consumer = self._consumers.pop(peer, None)
         if consumer is not None:
+            self._watches.pop(peer).cancel()
             self._words.fill(_emptied(consumer), self._sequence)
 
     def reuse(self, slot: int) -> None:
@@ -437,8 +385,11 @@ class DeviceMapping:
         self, offer: wire.DeviceSlab, slot_bytes: int, device: str, *, elsewhere: bool
     ) -> None:
         self._device = _numbered(device)
+        self._size = offer.size
         self._slot_bytes = slot_bytes
+        self._elsewhere = elsewhere
         self._emptied = _emptied(offer.consumer)
+        self._found: list[int] | None = None
         self._cleanup = contextlib.ExitStack()
         handle = rt.cudaIpcMemHandle_t()
         handle.reserved = offer.handle
@@ -449,14 +400,14 @@ class DeviceMapping:
             except TensorMQError as error:
                 raise NegotiationError(f"cannot open the producer's GPU memory: {error}") from None
         self._cleanup.callback(self._unmap)
-        view = _as_bytes_of_peer if elsewhere else _as_bytes
-        self._memory = view(self._pointer, offer.size, self._device)
 
     def join(self, nonce: int, words: memoryview, slots: int) -> None:
         """Make sure that this is the memory the producer speaks of, and that streams can wait for
         its words, which are `words`, mapped. Raises NegotiationError; then the mapping is good for
         nothing but to be closed."""
         self._look(nonce)
+        view = _as_bytes_of_peer if self._elsewhere else _as_bytes
+        self._memory = view(self._pointer, self._size, self._device)
         try:
             self._words = _Words(words, slots, self._device)
             self._cleanup.callback(self._words.close)
@@ -488,7 +439,12 @@ class DeviceMapping:
 
     def filled(self) -> list[int]:
         """For each slot the sequence number of the last message whose content is complete."""
-        return self._words.read(_FILLED)
+        return self._words.read(_FILLED) if self._found is None else self._found
+
+    def let_go(self) -> None:
+        """As `lift` for all that is waited for and will be; `filled` stays what it is now."""
+        self._found = self.filled()
+        self._words.fill(_FILLED, _LET_GO)
 
     def lift(self, slot: int, sequence: int) -> None:
         """Let go what waits for a message whose producer died before it was complete."""
@@ -531,17 +487,17 @@ def aside(loop: Loop, jobs: Iterable[Callable[[], None]], then: Callable[[], Non
     """Have a thread of its own do `jobs`, and `loop` call `then` when they are done.
 
     To free or unmap what a GPU has used waits for all that its streams have to do. One of them may
-    wait for a word of another process, which has died and of which only the loop will hear: in the
-    loop's thread that would take for ever. See also `_Waits`.
+    wait for a word of another process, and the loop goes on meanwhile. While one does, such a call
+    holds up every launch of the process; if the other has died, `watchdog` ends that.
     """
 
     def work() -> None:
-        try:
-            _waits.pause(jobs)
-        except (RuntimeError, OSError, TensorMQError):
-            log.exception("memory that a GPU has used cannot be released")
-        finally:
-            loop.call_soon(then)
+        for job in jobs:
+            try:
+                job()
+            except (RuntimeError, OSError, TensorMQError):
+                log.exception("memory that a GPU has used cannot be released")
+        loop.call_soon(then)
 
     threading.Thread(target=work, name="tensormq aside", daemon=True).start()
 

@@ -47,8 +47,8 @@ class Lane:
         """What one more consumer needs to know of the memory. Raises NegotiationError."""
         return self._memory.offer()
 
-    def attach(self, peer: object, offered: wire.Slab) -> None:
-        """`peer` has accepted what it was offered."""
+    def attach(self, peer: object, offered: wire.Slab, pidfd: int | None) -> None:
+        """`peer` has accepted what it was offered; `pidfd`: its process, on this host."""
 
     def detach(self, peer: object) -> None:
         """`peer` is gone."""
@@ -130,9 +130,9 @@ class DeviceLane(Lane):
         self._slab = slab
         self.copy = copy
 
-    def attach(self, peer: object, offered: wire.Slab) -> None:
-        if isinstance(offered, wire.DeviceSlab):
-            self._slab.attach(peer, offered.consumer)
+    def attach(self, peer: object, offered: wire.Slab, pidfd: int | None) -> None:
+        if isinstance(offered, wire.DeviceSlab) and pidfd is not None:
+            self._slab.attach(peer, offered.consumer, pidfd)
 
     def detach(self, peer: object) -> None:
         self._slab.detach(peer)

@@ -28,6 +28,7 @@ from .loop import Loop
 from .process import open_pidfd
 from .ring import Line
 from .statistics import ConsumerStatistics
+from .watchdog import Watch
 from .wire import Carrier, Doorbell, Request
 
 if TYPE_CHECKING:
@@ -135,9 +136,11 @@ class _Channel:
         self.line: Line | None = None
         self._host: host.HostMapping | None = None
         self._device: DeviceMapping | None = None
+        self._watch: Watch | None = None
         self._pinned: PinnedMemory | None = None
         # For each slot the last message that the application's streams wait for.
         self._taken: dict[int, int] = {}
+        self.told_of_torn = False
         self._views: host.Views | None = None
         self.layouts: dict[bytes, wire.Layout] = {}
         self._one_clock = hello.abilities.process.host == pull._abilities.process.host
@@ -158,6 +161,8 @@ class _Channel:
                 words = host.HostMapping(self.abilities.process, offer.nonce, slab.words)
                 self._device = self.pull._open(slab, offer.slot_bytes, self.abilities.gpu)
                 self._device.join(offer.nonce, words.memory, offer.slots)
+                if self.pidfd is not None:
+                    self._watch = Watch(self.pidfd, self._let_go)
                 self._views = host.Views(self._device.view, numpy=False)
             case wire.NoSlab() if offer.carrier is Carrier.INLINE:
                 largest = self.pull._max_slot_bytes
@@ -231,15 +236,31 @@ class _Channel:
         """What the dead producer announced and never completed: slots, and those taken.
 
         Only on a GPU, where a message is announced before its content is computed. Of those that
-        the application took, slot → sequence: its streams wait for them.
+        the application took, slot → sequence: its streams wait for them. For the loop, which has
+        heard of the death.
         """
         if self._device is None:
             return set(), {}
+        if self._watch is not None:
+            self._watch.cancel()
         complete = self._device.filled()
         announced = [d for channel, d, _, _ in self.pull._inbox if channel is self and d.slot >= 0]
         untaken = {d.slot for d in announced if complete[d.slot] < d.sequence}
-        taken = {slot: last for slot, last in self._taken.items() if complete[slot] < last}
-        return untaken, taken
+        return untaken, self._waited_for(complete)
+
+    def _waited_for(self, complete: Sequence[int]) -> dict[int, int]:
+        return {slot: last for slot, last in tuple(self._taken.items()) if complete[slot] < last}
+
+    def _let_go(self) -> None:
+        """The producer died, and the loop has not heard of it: in a thread of its own."""
+        device = self._device
+        if device is None or self.told_of_torn or not self._waited_for(device.filled()):
+            return
+        if self.pull.on_torn is None:
+            device.let_go()
+        else:
+            self.told_of_torn = True
+            self.pull.on_torn()
 
     def lift(self, taken: Mapping[int, int]) -> None:
         """Let go the streams that wait for messages which nobody will complete."""
@@ -249,10 +270,12 @@ class _Channel:
 
     def closers(self) -> list[Callable[[], None]]:
         """What gives up the memory that CUDA knows of, and waits for the GPU."""
-        return [each.close for each in (self._pinned, self._device) if each is not None]
+        closers = [each.close for each in (self._pinned, self._device) if each is not None]
+        # To the end, for that is what may wait for a producer that dies.
+        return closers if self._watch is None else [*closers, self._watch.cancel]
 
     def unmap(self) -> None:
-        self._pinned = self._device = self._host = None
+        self._pinned = self._device = self._host = self._watch = None
         if self._views is not None:
             self._views.close()
             self._views = None
@@ -279,8 +302,9 @@ class Pull:
     On a GPU a message is announced before its content is computed. `torn` counts those whose
     producer died in between. Such a message is dropped; if it was taken already, streams wait for
     content that will never come. They are let go and compute on what the slot happens to hold,
-    unless `on_torn` is set: it is called, in the loop's thread, and the streams wait on, so that
-    nothing that was computed from it gets out. The process can then only end.
+    unless `on_torn` is set: it is called, and the streams wait on, so that nothing that was
+    computed from it gets out. The process can then only end. Either is done by the loop or, where
+    its thread itself waits for the GPU, 0.2 s after the death by another thread.
 
     Raises EndpointError when the endpoint is taken or its directory is open to others,
     SecurityError when a tcp endpoint has neither keys nor `insecure`.
@@ -561,7 +585,8 @@ class Pull:
                 channel.abilities.process.pid, self.endpoint, len(untaken) + len(taken),
             )  # fmt: skip
         if taken and self.on_torn is not None:
-            self.on_torn()
+            if not channel.told_of_torn:
+                self.on_torn()
         else:
             channel.lift(taken)
         if not channel.leases:

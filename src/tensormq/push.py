@@ -241,7 +241,7 @@ class Push:
     def _admit(self, peer: Peer, lane: Lane, offer: wire.Offer) -> None:
         peer._lane = lane
         peer.statistics.carrier = offer.carrier
-        lane.attach(peer, offer.slab)
+        lane.attach(peer, offer.slab, peer._pidfd)
 
     def _answer(self, peer: Peer, end: float) -> wire.ToProducer:
         if not self._loop.run_until(
@@ -762,7 +762,7 @@ class Push:
         """Free the memory of all lanes, on a GPU when that is done with it."""
         lanes = tuple(self._lanes.values())
         self._lanes.clear()
-        if not host.on_gpu(self._device):
+        if not lanes or not host.on_gpu(self._device):
             for lane in lanes:
                 lane.close()
             return
