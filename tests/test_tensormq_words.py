@@ -115,7 +115,7 @@ def test_the_producers_stream_waits_for_the_last_use(ends: Ends) -> None:
     assert ends.mapping.filled()[0] == 1
     ends.publish(1, 2)  # behind the other: both wait in a circle that only a third could open
     assert ends.gpu.waits()
-    ends.mapping.lift(1, 2)
+    ends.mapping.let_go()
     assert not ends.gpu.waits()
     assert ends.mapping.filled()[:2] == [3, 2]
 
@@ -123,7 +123,7 @@ def test_the_producers_stream_waits_for_the_last_use(ends: Ends) -> None:
 def test_a_dead_producer_is_not_waited_for(ends: Ends) -> None:
     ends.mapping.expect(2, 5)
     assert ends.mapping.filled()[2] < 5  # it was announced and never completed
-    ends.mapping.lift(2, 5)
+    ends.mapping.let_go()
     assert not ends.gpu.waits()
 
 
@@ -162,14 +162,17 @@ def test_a_consumer_that_dies_is_not_waited_for_although_no_loop_runs(ends: Ends
 
 
 def test_what_was_complete_at_a_death_is_known_after_streams_were_let_go(ends: Ends) -> None:
+    another, _ = mapping_of(ends.cuda, ends.slab)
     ends.publish(1, 7)
     ends.mapping.expect(2, 8)
     for _ in range(2):
         ends.mapping.let_go()
         assert not ends.gpu.waits()
-        assert ends.mapping.filled() == [0, 7, 0, 0]
-    ends.mapping.expect(3, 9)
+        assert ends.mapping.filled() == another.filled() == [0, 7, 0, 0]
+        another.let_go()
+    ends.mapping.expect(3, wire.LET_GO - 1)
     assert not ends.gpu.waits()
+    another.close()
 
 
 def test_the_loop_goes_on_while_memory_waits_for_the_gpu(ends: Ends) -> None:
@@ -180,7 +183,7 @@ def test_the_loop_goes_on_while_memory_waits_for_the_gpu(ends: Ends) -> None:
         ends.cuda.aside(loop, [other.close], lambda: done.append(True))
         assert not loop.run_until(lambda: bool(done), timeout=0.05)
         # Its producer has died, of which the loop hears.
-        loop.call_soon(lambda: ends.mapping.lift(0, 1))
+        loop.call_soon(ends.mapping.let_go)
         assert loop.run_until(lambda: bool(done), timeout=5)
     assert len(ends.gpu.opened) == 1
 
@@ -239,9 +242,6 @@ class Torn:
     def let_go(self) -> None:
         self.calls.append("let go")
 
-    def lift(self, slot: int, sequence: int) -> None:
-        self.calls.append(f"lift {slot} {sequence}")
-
     def close(self) -> None:
         self.calls.append("close")
 
@@ -265,7 +265,7 @@ def test_a_producer_dies_while_nobody_runs_the_loop(
         (channel,) = pull._channels.values()
         pidfd = os.pidfd_open(sleeper.pid)
         channel._device = cast(Any, torn)
-        channel._watch = watchdog.Watch(pidfd, channel._let_go)
+        channel._watch = watchdog.Watch(pidfd, channel._hear_beside_the_loop)
         os.close(pidfd)
         channel._taken = {0: 1, 1: 2}
         sleeper.kill()
@@ -276,7 +276,7 @@ def test_a_producer_dies_while_nobody_runs_the_loop(
         pull._lose(channel)
         assert pull.torn == 1
         assert loop.run_until(lambda: not pull._channels, timeout=5)
-        assert torn.calls == (["close"] if told else ["lift 1 2", "close"])
+        assert torn.calls == (["close"] if told else ["let go", "close"])
         assert loop.run_until(lambda: peer.lost is not None, timeout=5)
 
 

@@ -48,8 +48,6 @@ _REGISTER_MAPPED = 2  # cudaHostRegisterMapped
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _ANY_WAY = rt.cudaMemcpyKind.cudaMemcpyDefault  # CUDA knows where addresses lie
 _WORD = 8
-_LET_GO = 1 << 62
-"""What no message's number reaches."""
 _WAIT_GEQ = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ)
 # The default write is a barrier: what the stream did before is visible to whoever sees the word.
 _WRITE = int(driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT)
@@ -244,17 +242,25 @@ class _Words:
                 lambda stream: driver.cuStreamWaitValue64(stream, word, value, _WAIT_GEQ),
             )
 
-    def put(self, row: int, slot: int, value: int) -> None:
-        """Write a word at once; streams that wait for it go on."""
-        self._values[row * self._slots + slot] = value
-
     def fill(self, row: int, value: int) -> None:
-        """As `put`, all of a row."""
-        for slot in range(self._slots):
-            self.put(row, slot, value)
+        """Write all words of a row at once; streams that wait for as much go on."""
+        for place in self._places(row):
+            self._values[place] = value
+
+    def let_go(self, row: int) -> None:
+        """All that waits for words of this row goes on, and what will; their writer has died.
+
+        Others may do the same at the same time, and ask later how far the writer had come.
+        """
+        for place in self._places(row):
+            self._values[place] |= wire.LET_GO
 
     def read(self, row: int) -> list[int]:
-        return self._values[row * self._slots : (row + 1) * self._slots].tolist()
+        """What was written to the words of a row, let go or not."""
+        return [self._values[place] & ~wire.LET_GO for place in self._places(row)]
+
+    def _places(self, row: int) -> range:
+        return range(row * self._slots, (row + 1) * self._slots)
 
     def probe(self, row: int) -> None:
         """Try whether a stream can write a word and wait for it. Raises TensorMQError."""
@@ -324,7 +330,7 @@ class DeviceSlab:
     def attach(self, peer: object, consumer: int, pidfd: int) -> None:
         """`peer` is the consumer that was offered the words `consumer`; `pidfd`: its process."""
         row = _emptied(consumer)
-        self._watches[peer] = Watch(pidfd, lambda: self._words.fill(row, _LET_GO))
+        self._watches[peer] = Watch(pidfd, lambda: self._words.let_go(row))
         self._words.fill(row, self._sequence)
         self._consumers[peer] = consumer
 
@@ -389,7 +395,6 @@ class DeviceMapping:
         self._slot_bytes = slot_bytes
         self._elsewhere = elsewhere
         self._emptied = _emptied(offer.consumer)
-        self._found: list[int] | None = None
         self._cleanup = contextlib.ExitStack()
         handle = rt.cudaIpcMemHandle_t()
         handle.reserved = offer.handle
@@ -439,16 +444,14 @@ class DeviceMapping:
 
     def filled(self) -> list[int]:
         """For each slot the sequence number of the last message whose content is complete."""
-        return self._words.read(_FILLED) if self._found is None else self._found
+        return self._words.read(_FILLED)
 
     def let_go(self) -> None:
-        """As `lift` for all that is waited for and will be; `filled` stays what it is now."""
-        self._found = self.filled()
-        self._words.fill(_FILLED, _LET_GO)
+        """Nothing waits any more for content that the dead producer did not complete.
 
-    def lift(self, slot: int, sequence: int) -> None:
-        """Let go what waits for a message whose producer died before it was complete."""
-        self._words.put(_FILLED, slot, sequence)
+        From any thread. `filled` stays what it is, also for other consumers of the producer.
+        """
+        self._words.let_go(_FILLED)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)

@@ -140,7 +140,7 @@ class _Channel:
         self._pinned: PinnedMemory | None = None
         # For each slot the last message that the application's streams wait for.
         self._taken: dict[int, int] = {}
-        self.told_of_torn = False
+        self._told = False  # on_torn was called
         self._views: host.Views | None = None
         self.layouts: dict[bytes, wire.Layout] = {}
         self._one_clock = hello.abilities.process.host == pull._abilities.process.host
@@ -162,7 +162,7 @@ class _Channel:
                 self._device = self.pull._open(slab, offer.slot_bytes, self.abilities.gpu)
                 self._device.join(offer.nonce, words.memory, offer.slots)
                 if self.pidfd is not None:
-                    self._watch = Watch(self.pidfd, self._let_go)
+                    self._watch = Watch(self.pidfd, self._hear_beside_the_loop)
                 self._views = host.Views(self._device.view, numpy=False)
             case wire.NoSlab() if offer.carrier is Carrier.INLINE:
                 largest = self.pull._max_slot_bytes
@@ -251,22 +251,21 @@ class _Channel:
     def _waited_for(self, complete: Sequence[int]) -> dict[int, int]:
         return {slot: last for slot, last in tuple(self._taken.items()) if complete[slot] < last}
 
-    def _let_go(self) -> None:
-        """The producer died, and the loop has not heard of it: in a thread of its own."""
-        device = self._device
-        if device is None or self.told_of_torn or not self._waited_for(device.filled()):
+    def give_up(self, taken: Mapping[int, int]) -> None:
+        """Let the streams go that wait for what nobody will complete, or say so to `on_torn`."""
+        if not taken or self._device is None:
             return
         if self.pull.on_torn is None:
-            device.let_go()
-        else:
-            self.told_of_torn = True
+            self._device.let_go()
+        elif not self._told:
+            self._told = True
             self.pull.on_torn()
 
-    def lift(self, taken: Mapping[int, int]) -> None:
-        """Let go the streams that wait for messages which nobody will complete."""
-        if self._device is not None:
-            for slot, sequence in taken.items():
-                self._device.lift(slot, sequence)
+    def _hear_beside_the_loop(self) -> None:
+        """The producer died, and the loop has not heard of it: in the watchdog's thread."""
+        device = self._device
+        if device is not None:
+            self.give_up(self._waited_for(device.filled()))
 
     def closers(self) -> list[Callable[[], None]]:
         """What gives up the memory that CUDA knows of, and waits for the GPU."""
@@ -584,11 +583,7 @@ class Pull:
                 "the producer %s of %s died while it computed %d messages that it had announced",
                 channel.abilities.process.pid, self.endpoint, len(untaken) + len(taken),
             )  # fmt: skip
-        if taken and self.on_torn is not None:
-            if not channel.told_of_torn:
-                self.on_torn()
-        else:
-            channel.lift(taken)
+        channel.give_up(taken)
         if not channel.leases:
             self._end(channel)
 

@@ -34,6 +34,9 @@ MAX_FRAME = 128 * 1024
 """Bytes of the longest frame that may be parsed; descriptors take a few hundred."""
 
 MAX_SLOTS = 1024
+LET_GO = 1 << 62
+"""The bit of a word that lets go what waits for it, for nobody will write it any more: it is more
+than any message's number, and what had been written stays to be seen beside it."""
 """Slots of one slab."""
 
 MAX_DIMENSIONS = 32
@@ -404,7 +407,7 @@ def check_descriptor(message: Deliver, slots: int) -> None:
     """Refuse a slot or a sequence number that cannot be. Raises ProtocolError."""
     if not 0 <= message.slot < slots:
         raise ProtocolError(f"slot {message.slot} does not exist: the slab has {slots}")
-    if not 0 < message.sequence < 1 << 63:
+    if not 0 < message.sequence < LET_GO:
         raise ProtocolError(f"the sequence number {message.sequence} does not exist")
 
 
