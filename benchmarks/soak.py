@@ -256,6 +256,7 @@ def reopen(count: int, device: str, seconds: float) -> dict[str, Any]:
             return _held(device) | theirs
 
         process.start()
+        there.close()  # should the other end, so does its pipe
         for number in range(count):
             if number % 2 == 0:
                 here.send("push")

@@ -19,6 +19,7 @@ from pretended_cuda import Gpu, pretended
 from tensormq import (
     Carrier,
     Loop,
+    Message,
     NegotiationError,
     Pull,
     Push,
@@ -231,13 +232,19 @@ def test_a_channel_ends_when_the_gpu_is_done_with_it(
 
 
 class Torn:
-    """The mapping of a producer that announced two messages and completed one."""
+    """The mapping of a producer that died before anything was complete."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
 
     def filled(self) -> list[int]:
-        return [1, 0]
+        return [0] * 8
+
+    def expect(self, slot: int, sequence: int) -> None:
+        pass
+
+    def release(self, slot: int, sequence: int) -> None:
+        pass
 
     def let_go(self) -> None:
         self.calls.append("let go")
@@ -246,10 +253,24 @@ class Torn:
         self.calls.append("close")
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_a_producer_dies_while_nobody_runs_the_loop(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, told: bool
-) -> None:
+class Dead(NamedTuple):
+    """A Pull end with two messages of a process that has died, which its loop has not heard."""
+
+    pull: Pull
+    torn: Torn
+    taken: Message
+
+    def watchdog_has_acted(self) -> None:
+        end = time.monotonic() + 5
+        while not self.torn.calls:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def dead(
+    request: pytest.FixtureRequest, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Dead]:
     torn = Torn()
     with (
         pretended(monkeypatch) as (_, cuda),
@@ -259,25 +280,80 @@ def test_a_producer_dies_while_nobody_runs_the_loop(
         Push(slot_bytes=256, loop=loop) as push,
     ):
         monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
-        if told:
-            pull.on_torn = lambda: torn.calls.append("told")
         peer = push.connect(pull.endpoint)
         (channel,) = pull._channels.values()
         pidfd = os.pidfd_open(sleeper.pid)
         channel._device = cast(Any, torn)
         channel._watch = watchdog.Watch(pidfd, channel._hear_beside_the_loop)
         os.close(pidfd)
-        channel._taken = {0: 1, 1: 2}
+        for _ in range(2):
+            push.send({"x": np.ones(4, np.float32)}, to=peer)
+        loop.run_until(lambda: pull.waiting == 2, 1)
+        dead = Dead(pull, torn, pull.recv())
         sleeper.kill()
-        time.sleep(3.5 * watchdog.GRACE)
-        assert set(torn.calls) == {"told"} if told else {"let go"}
-        assert len(torn.calls) == 1 or not told
-        torn.calls.clear()
-        pull._lose(channel)
-        assert pull.torn == 1
+        yield dead
+        dead.taken.release()
+        if not channel.ending:
+            pull._lose(channel)
         assert loop.run_until(lambda: not pull._channels, timeout=5)
-        assert torn.calls == (["close"] if told else ["let go", "close"])
+        assert torn.calls[-1] == "close"
         assert loop.run_until(lambda: peer.lost is not None, timeout=5)
+
+
+def test_streams_are_let_go_although_nobody_runs_the_loop(dead: Dead) -> None:
+    dead.watchdog_has_acted()
+    assert set(dead.torn.calls) == {"let go"}
+    dead.taken.release()
+    assert dead.pull.poll() is None  # the other message, which waits for nothing any more
+    assert dead.pull.torn == 2
+
+
+def test_who_wants_to_be_told_is_told_once_and_nothing_is_let_go(dead: Dead) -> None:
+    def tell() -> None:
+        dead.torn.calls.append("told")
+        if len(dead.torn.calls) < 3:
+            raise RuntimeError("try again")
+
+    dead.pull.on_torn = tell
+    dead.watchdog_has_acted()
+    time.sleep(4 * watchdog.GRACE)
+    assert dead.torn.calls == ["told"] * 3
+    assert dead.pull.poll() is None
+    assert dead.torn.calls == ["told"] * 3
+
+
+def test_who_hears_in_time_lets_go_itself(dead: Dead) -> None:
+    (channel,) = dead.pull._channels.values()
+    dead.pull._lose(channel)
+    assert (dead.torn.calls, dead.pull.torn, dead.pull.waiting) == (["let go"], 2, 0)
+    time.sleep(3 * watchdog.GRACE)
+    assert dead.torn.calls == ["let go"]
+
+
+@pytest.mark.parametrize("how", ["goodbye", "death", "close"])
+def test_however_a_channel_ends_its_process_is_watched_no_more(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    with (
+        pretended(monkeypatch) as (_, cuda),
+        Loop() as loop,
+        Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull,
+        Push(slot_bytes=256, loop=loop) as push,
+    ):
+        monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
+        peer = push.connect(pull.endpoint)
+        (channel,) = pull._channels.values()
+        assert channel.pidfd is not None
+        channel._watch = watched = watchdog.Watch(channel.pidfd, lambda: None)
+        match how:
+            case "goodbye":
+                push.disconnect(peer)
+            case "death":
+                pull._lose(channel)
+            case "close":
+                pull.close()
+        assert loop.run_until(lambda: not pull._channels, timeout=5)
+        assert watched.fd not in watched._watchdog._watches
 
 
 def test_who_declines_gives_up_what_it_mapped_beside_the_loop(

@@ -498,7 +498,7 @@ def aside(loop: Loop, jobs: Iterable[Callable[[], None]], then: Callable[[], Non
         for job in jobs:
             try:
                 job()
-            except (RuntimeError, OSError, TensorMQError):
+            except Exception:  # the others' memory is to be released all the same
                 log.exception("memory that a GPU has used cannot be released")
         loop.call_soon(then)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from . import host, wire
+from .errors import TensorMQError
 from .host import Tensor
 from .pool import SlotPool
 from .wire import Carrier
@@ -131,8 +132,9 @@ class DeviceLane(Lane):
         self.copy = copy
 
     def attach(self, peer: object, offered: wire.Slab, pidfd: int | None) -> None:
-        if isinstance(offered, wire.DeviceSlab) and pidfd is not None:
-            self._slab.attach(peer, offered.consumer, pidfd)
+        if not isinstance(offered, wire.DeviceSlab) or pidfd is None:
+            raise TensorMQError("memory of a GPU is shared only with a process that is watched")
+        self._slab.attach(peer, offered.consumer, pidfd)
 
     def detach(self, peer: object) -> None:
         self._slab.detach(peer)

@@ -141,6 +141,7 @@ class _Channel:
         # For each slot the last message that the application's streams wait for.
         self._taken: dict[int, int] = {}
         self._told = False  # on_torn was called
+        self.let_go = False  # by the watchdog, and the loop has not heard of it yet
         self._views: host.Views | None = None
         self.layouts: dict[bytes, wire.Layout] = {}
         self._one_clock = hello.abilities.process.host == pull._abilities.process.host
@@ -243,6 +244,7 @@ class _Channel:
             return set(), {}
         if self._watch is not None:
             self._watch.cancel()
+        self.let_go = False
         complete = self._device.filled()
         announced = [d for channel, d, _, _ in self.pull._inbox if channel is self and d.slot >= 0]
         untaken = {d.slot for d in announced if complete[d.slot] < d.sequence}
@@ -258,19 +260,25 @@ class _Channel:
         if self.pull.on_torn is None:
             self._device.let_go()
         elif not self._told:
-            self._told = True
             self.pull.on_torn()
+            self._told = True
 
     def _hear_beside_the_loop(self) -> None:
         """The producer died, and the loop has not heard of it: in the watchdog's thread."""
         device = self._device
-        if device is not None:
-            self.give_up(self._waited_for(device.filled()))
+        taken = {} if device is None else self._waited_for(device.filled())
+        if taken and not self.let_go:
+            log.warning(
+                "the producer %s of %s died, and the loop has not been run since",
+                self.abilities.process.pid, self.pull.endpoint,
+            )  # fmt: skip
+            self.let_go = True
+        self.give_up(taken)
 
     def closers(self) -> list[Callable[[], None]]:
         """What gives up the memory that CUDA knows of, and waits for the GPU."""
         closers = [each.close for each in (self._pinned, self._device) if each is not None]
-        # To the end, for that is what may wait for a producer that dies.
+        # The watch goes last: what comes before may itself wait for a producer that dies.
         return closers if self._watch is None else [*closers, self._watch.cancel]
 
     def unmap(self) -> None:
@@ -302,8 +310,10 @@ class Pull:
     producer died in between. Such a message is dropped; if it was taken already, streams wait for
     content that will never come. They are let go and compute on what the slot happens to hold,
     unless `on_torn` is set: it is called, and the streams wait on, so that nothing that was
-    computed from it gets out. The process can then only end. Either is done by the loop or, where
-    its thread itself waits for the GPU, 0.2 s after the death by another thread.
+    computed from it gets out. The process can then only end. Either is done by the loop or, when
+    that was not run for 0.2 s since the death, by another thread: the loop's may itself wait for
+    that content. Of the consumers of one Push either all set `on_torn` or none, for they wait for
+    the same words.
 
     Raises EndpointError when the endpoint is taken or its directory is open to others,
     SecurityError when a tcp endpoint has neither keys nor `insecure`.
@@ -363,17 +373,27 @@ class Pull:
 
     def recv(self, timeout: float | None = None) -> Message:
         """The next message, in the order of arrival. Raises Timeout after `timeout` seconds."""
-        if not self._inbox and not self._loop.run_until(lambda: bool(self._inbox), timeout):
-            raise Timeout(f"no message at {self.endpoint} within {timeout} s")
-        channel, descriptor, layout, payload = self._inbox.popleft()
-        return channel.take(descriptor, layout, payload)
+        message = self.poll()
+        if message is not None:
+            return message
+        end = None if timeout is None else time.monotonic() + timeout
+        while message is None:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            if not self._loop.run_until(lambda: bool(self._inbox), left):
+                raise Timeout(f"no message at {self.endpoint} within {timeout} s")
+            message = self.poll()
+        return message
 
     def poll(self) -> Message | None:
         """The next message if one is there already; for callers that run the loop themselves."""
-        if not self._inbox:
-            return None
-        channel, descriptor, layout, payload = self._inbox.popleft()
-        return channel.take(descriptor, layout, payload)
+        while self._inbox:
+            channel, descriptor, layout, payload = self._inbox[0]
+            if channel.let_go:
+                self._lose(channel)  # of which this loop has not heard; it drops what is torn
+                continue
+            self._inbox.popleft()
+            return channel.take(descriptor, layout, payload)
+        return None
 
     @property
     def waiting(self) -> int:

@@ -1,4 +1,4 @@
-"""Lets go what waits for a process that died, where the loop cannot.
+"""Lets go what waits for a process that died, where the loop is not run.
 
 A loop hears of a death when it is next run. Its thread may itself be waiting for the GPU: for a
 value that is copied to the host, or in a launch, for the driver takes about a thousand for a stream
@@ -24,8 +24,7 @@ class _Watchdog:
     """One thread for the whole process."""
 
     def __init__(self) -> None:
-        # Held while something is let go: who cancels waits for that, but not the same thread.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._epoll = select.epoll()
         self._watches: dict[int, Watch] = {}
         self._due: dict[Watch, float] = {}
@@ -33,8 +32,8 @@ class _Watchdog:
 
     def add(self, watch: Watch) -> None:
         with self._lock:
-            self._watches[watch.fd] = watch
             self._epoll.register(watch.fd, select.EPOLLIN | select.EPOLLONESHOT)
+            self._watches[watch.fd] = watch
 
     def remove(self, watch: Watch) -> None:
         with self._lock:
@@ -54,16 +53,9 @@ class _Watchdog:
                     # The descriptor's number may have come to another since.
                     if watch is not None and watch.ended:
                         self._due[watch] = now + GRACE
-                for watch, due in tuple(self._due.items()):
-                    if due <= now and watch in self._due:
-                        _let_go(watch)
-
-
-def _let_go(watch: Watch) -> None:
-    try:
-        watch.let_go()
-    except Exception:
-        log.exception("what waits for a dead process cannot be let go")
+                due = [watch for watch, when in self._due.items() if when <= now]
+            for watch in due:
+                watch.call()
 
 
 _starting = threading.Lock()
@@ -82,17 +74,29 @@ class Watch:
     """Calls `let_go` in another thread, again and again, when the process of `pidfd` has ended and
     nobody has cancelled that within `GRACE` seconds.
 
-    Raises OSError when this process may have no more descriptors.
+    Raises OSError when this process may have no more descriptors or threads.
     """
 
     def __init__(self, pidfd: int, let_go: Callable[[], None]) -> None:
-        self.let_go = let_go
+        self._let_go = let_go
+        self._cancelled = False
+        # Held during a call: who cancels waits for that, but not from within.
+        self._lock = threading.RLock()
+        try:
+            self._watchdog = _the_watchdog()
+        except RuntimeError as error:
+            raise OSError(f"no thread for a watchdog: {error}") from None
         self.fd = os.dup(pidfd)
-        self._watchdog = _the_watchdog()
-        self._watchdog.add(self)
+        try:
+            self._watchdog.add(self)
+        except OSError:
+            os.close(self.fd)
+            raise
 
     def cancel(self) -> None:
         """When this returns `let_go` is not called any more. From any thread, and repeatedly."""
+        with self._lock:
+            self._cancelled = True
         self._watchdog.remove(self)
 
     @property
@@ -101,3 +105,12 @@ class Watch:
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         return bool(poll.poll(0))
+
+    def call(self) -> None:
+        with self._lock:
+            if self._cancelled:
+                return
+            try:
+                self._let_go()
+            except Exception:
+                log.exception("what waits for a dead process cannot be let go")

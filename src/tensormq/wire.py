@@ -34,10 +34,10 @@ MAX_FRAME = 128 * 1024
 """Bytes of the longest frame that may be parsed; descriptors take a few hundred."""
 
 MAX_SLOTS = 1024
+"""Slots of one slab."""
 LET_GO = 1 << 62
 """The bit of a word that lets go what waits for it, for nobody will write it any more: it is more
 than any message's number, and what had been written stays to be seen beside it."""
-"""Slots of one slab."""
 
 MAX_DIMENSIONS = 32
 """Of a tensor: as many as every NumPy that is supported can have."""
