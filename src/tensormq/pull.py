@@ -141,7 +141,7 @@ class _Channel:
         # For each slot the last message that the application's streams wait for.
         self._taken: dict[int, int] = {}
         self._told = False  # on_torn was called
-        self.let_go = False  # by the watchdog, and the loop has not heard of it yet
+        self.unheard = False  # the watchdog has acted on its death, of which the loop has not heard
         self._views: host.Views | None = None
         self.layouts: dict[bytes, wire.Layout] = {}
         self._one_clock = hello.abilities.process.host == pull._abilities.process.host
@@ -244,7 +244,7 @@ class _Channel:
             return set(), {}
         if self._watch is not None:
             self._watch.cancel()
-        self.let_go = False
+        self.unheard = False
         complete = self._device.filled()
         announced = [d for channel, d, _, _ in self.pull._inbox if channel is self and d.slot >= 0]
         untaken = {d.slot for d in announced if complete[d.slot] < d.sequence}
@@ -267,12 +267,12 @@ class _Channel:
         """The producer died, and the loop has not heard of it: in the watchdog's thread."""
         device = self._device
         taken = {} if device is None else self._waited_for(device.filled())
-        if taken and not self.let_go:
+        if taken and not self.unheard:
             log.warning(
                 "the producer %s of %s died, and the loop has not been run since",
                 self.abilities.process.pid, self.pull.endpoint,
             )  # fmt: skip
-            self.let_go = True
+            self.unheard = True
         self.give_up(taken)
 
     def closers(self) -> list[Callable[[], None]]:
@@ -388,7 +388,7 @@ class Pull:
         """The next message if one is there already; for callers that run the loop themselves."""
         while self._inbox:
             channel, descriptor, layout, payload = self._inbox[0]
-            if channel.let_go:
+            if channel.unheard:
                 self._lose(channel)  # of which this loop has not heard; it drops what is torn
                 continue
             self._inbox.popleft()
