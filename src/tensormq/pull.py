@@ -240,11 +240,11 @@ class _Channel:
         the application took, slot → sequence: its streams wait for them. For the loop, which has
         heard of the death.
         """
-        if self._device is None:
-            return set(), {}
         if self._watch is not None:
             self._watch.cancel()
         self.unheard = False
+        if self._device is None:
+            return set(), {}
         complete = self._device.filled()
         announced = [d for channel, d, _, _ in self.pull._inbox if channel is self and d.slot >= 0]
         untaken = {d.slot for d in announced if complete[d.slot] < d.sequence}
@@ -373,26 +373,22 @@ class Pull:
 
     def recv(self, timeout: float | None = None) -> Message:
         """The next message, in the order of arrival. Raises Timeout after `timeout` seconds."""
-        message = self.poll()
-        if message is not None:
-            return message
-        end = None if timeout is None else time.monotonic() + timeout
-        while message is None:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            if not self._loop.run_until(lambda: bool(self._inbox), left):
+        while True:
+            if not self._inbox and not self._loop.run_until(lambda: bool(self._inbox), timeout):
                 raise Timeout(f"no message at {self.endpoint} within {timeout} s")
             message = self.poll()
-        return message
+            if message is not None:
+                return message
+            # All that there was is torn, and the time begins anew: that is once for each death.
 
     def poll(self) -> Message | None:
         """The next message if one is there already; for callers that run the loop themselves."""
         while self._inbox:
-            channel, descriptor, layout, payload = self._inbox[0]
-            if channel.unheard:
-                self._lose(channel)  # of which this loop has not heard; it drops what is torn
-                continue
-            self._inbox.popleft()
-            return channel.take(descriptor, layout, payload)
+            channel, descriptor, layout, payload = item = self._inbox.popleft()
+            if not channel.unheard:
+                return channel.take(descriptor, layout, payload)
+            self._inbox.appendleft(item)
+            self._lose(channel)  # which drops what is torn
         return None
 
     @property
