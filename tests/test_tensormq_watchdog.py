@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from sleeping import Sleeper, sleeping
 from tensormq.watchdog import GRACE, Watch
 
 
 @pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "60"]) as process:
-        yield process
-        process.kill()
-
-
-def watched(process: subprocess.Popen[bytes], let_go: Callable[[], None]) -> Watch:
-    pidfd = os.pidfd_open(process.pid)
-    try:
-        return Watch(pidfd, let_go)
-    finally:
-        os.close(pidfd)
+def sleeper() -> Iterator[Sleeper]:
+    with sleeping() as sleeper:
+        yield sleeper
 
 
 def descriptors() -> int:
@@ -34,10 +24,10 @@ def descriptors() -> int:
 
 
 def test_who_lives_is_left_alone_and_who_died_is_let_go_until_somebody_has_heard(
-    sleeper: subprocess.Popen[bytes],
+    sleeper: Sleeper,
 ) -> None:
     calls: list[float] = []
-    watch = watched(sleeper, lambda: calls.append(time.monotonic()))
+    watch = Watch(sleeper.pidfd, lambda: calls.append(time.monotonic()))
     time.sleep(2 * GRACE)
     assert calls == []
     sleeper.kill()
@@ -51,18 +41,18 @@ def test_who_lives_is_left_alone_and_who_died_is_let_go_until_somebody_has_heard
     assert len(calls) == count
 
 
-def test_a_death_that_the_loop_heard_of_lets_nobody_go(sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_death_that_the_loop_heard_of_lets_nobody_go(sleeper: Sleeper) -> None:
     calls: list[None] = []
-    watch = watched(sleeper, lambda: calls.append(None))
+    watch = Watch(sleeper.pidfd, lambda: calls.append(None))
     sleeper.kill()
-    sleeper.wait()
+    sleeper.process.wait()
     watch.cancel()
     watch.cancel()
     time.sleep(3 * GRACE)
     assert calls == []
 
 
-def test_who_cancels_waits_for_what_is_under_way(sleeper: subprocess.Popen[bytes]) -> None:
+def test_who_cancels_waits_for_what_is_under_way(sleeper: Sleeper) -> None:
     begun, finished = threading.Event(), threading.Event()
 
     def let_go() -> None:
@@ -70,7 +60,7 @@ def test_who_cancels_waits_for_what_is_under_way(sleeper: subprocess.Popen[bytes
         time.sleep(0.1)
         finished.set()
 
-    watch = watched(sleeper, let_go)
+    watch = Watch(sleeper.pidfd, let_go)
     sleeper.kill()
     assert begun.wait(5)
     watch.cancel()
@@ -78,13 +68,13 @@ def test_who_cancels_waits_for_what_is_under_way(sleeper: subprocess.Popen[bytes
 
 
 def test_one_that_fails_does_not_keep_others_waiting(
-    sleeper: subprocess.Popen[bytes], caplog: pytest.LogCaptureFixture
+    sleeper: Sleeper, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> None:
         raise RuntimeError("on purpose")
 
     called = threading.Event()
-    watches = [watched(sleeper, fail), watched(sleeper, called.set)]
+    watches = [Watch(sleeper.pidfd, fail), Watch(sleeper.pidfd, called.set)]
     sleeper.kill()
     assert called.wait(5)
     for watch in watches:
@@ -92,10 +82,10 @@ def test_one_that_fails_does_not_keep_others_waiting(
     assert "cannot be let go" in caplog.text
 
 
-def test_a_watch_keeps_one_descriptor(sleeper: subprocess.Popen[bytes]) -> None:
-    watched(sleeper, lambda: None).cancel()  # the thread has started
+def test_a_watch_keeps_one_descriptor(sleeper: Sleeper) -> None:
+    Watch(sleeper.pidfd, lambda: None).cancel()  # the thread has started
     before = descriptors()
-    watches = [watched(sleeper, lambda: None) for _ in range(5)]
+    watches = [Watch(sleeper.pidfd, lambda: None) for _ in range(5)]
     assert descriptors() == before + 5
     for watch in watches:
         watch.cancel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 
 from pretended_cuda import Gpu, pretended
+from sleeping import sleeping
 from tensormq import (
     Carrier,
     Loop,
@@ -91,6 +91,26 @@ def ends(monkeypatch: pytest.MonkeyPatch, process: int) -> Iterator[Ends]:
         assert (gpu.allocated, gpu.opened, gpu.registered) == ({}, [], set())
 
 
+class Pair(NamedTuple):
+    """Two ends in one loop, which find a pretended GPU where they ask for one."""
+
+    loop: Loop
+    pull: Pull
+    push: Push
+
+
+@pytest.fixture
+def pair(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    with (
+        pretended(monkeypatch) as (_, cuda),
+        Loop() as loop,
+        Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull,
+        Push(slot_bytes=256, loop=loop) as push,
+    ):
+        monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
+        yield Pair(loop, pull, push)
+
+
 def test_what_is_there_is_not_waited_for(ends: Ends) -> None:
     for sequence in range(1, 9):
         slot = sequence % 4
@@ -146,10 +166,8 @@ def test_a_dead_consumer_is_not_waited_for_and_its_successor_is(ends: Ends, proc
 
 def test_a_consumer_that_dies_is_not_waited_for_although_no_loop_runs(ends: Ends) -> None:
     other, consumer = mapping_of(ends.cuda, ends.slab)
-    with subprocess.Popen(["sleep", "60"]) as sleeper:
-        pidfd = os.pidfd_open(sleeper.pid)
-        ends.slab.attach("sleeper", consumer, pidfd)
-        os.close(pidfd)
+    with sleeping() as sleeper:
+        ends.slab.attach("sleeper", consumer, sleeper.pidfd)
         ends.gpu.current, consumers = ends.stream, ends.gpu.current
         ends.slab.publish(0, 1, ["sleeper"])
         ends.slab.reuse(0)
@@ -208,27 +226,19 @@ def test_other_memory_is_declined_and_nothing_stays_of_it(ends: Ends) -> None:
     assert (len(ends.gpu.opened), len(ends.gpu.registered)) == (1, registered)
 
 
-def test_a_channel_ends_when_the_gpu_is_done_with_it(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_channel_ends_when_the_gpu_is_done_with_it(pair: Pair) -> None:
     gpu_is_done = threading.Event()
-    with (
-        pretended(monkeypatch) as (_, cuda),
-        Loop() as loop,
-        Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull,
-        Push(slot_bytes=256, loop=loop) as push,
-    ):
-        monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
-        peer = push.connect(pull.endpoint)
-        push.send({"x": np.ones(4, np.float32)}, to=peer)
-        pull.recv(timeout=1).release()
-        (channel,) = pull._channels.values()
-        channel._pinned = cast(Any, SimpleNamespace(close=gpu_is_done.wait))
-        push.disconnect(peer, timeout=0.05)
-        assert (peer.lost, len(pull._channels)) == (None, 1)
-        gpu_is_done.set()
-        assert loop.run_until(lambda: peer.lost is not None, timeout=5)
-        assert not pull._channels
+    loop, pull, push = pair
+    peer = push.connect(pull.endpoint)
+    push.send({"x": np.ones(4, np.float32)}, to=peer)
+    pull.recv(timeout=1).release()
+    (channel,) = pull._channels.values()
+    channel._pinned = cast(Any, SimpleNamespace(close=gpu_is_done.wait))
+    push.disconnect(peer, timeout=0.05)
+    assert (peer.lost, len(pull._channels)) == (None, 1)
+    gpu_is_done.set()
+    assert loop.run_until(lambda: peer.lost is not None, timeout=5)
+    assert not pull._channels
 
 
 class Torn:
@@ -268,24 +278,14 @@ class Dead(NamedTuple):
 
 
 @pytest.fixture
-def dead(
-    request: pytest.FixtureRequest, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Dead]:
+def dead(pair: Pair) -> Iterator[Dead]:
+    loop, pull, push = pair
     torn = Torn()
-    with (
-        pretended(monkeypatch) as (_, cuda),
-        subprocess.Popen(["sleep", "60"]) as sleeper,
-        Loop() as loop,
-        Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull,
-        Push(slot_bytes=256, loop=loop) as push,
-    ):
-        monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
+    with sleeping() as sleeper:
         peer = push.connect(pull.endpoint)
         (channel,) = pull._channels.values()
-        pidfd = os.pidfd_open(sleeper.pid)
         channel._device = cast(Any, torn)
-        channel._watch = watchdog.Watch(pidfd, channel._hear_beside_the_loop)
-        os.close(pidfd)
+        channel._watch = watchdog.Watch(sleeper.pidfd, channel._hear_beside_the_loop)
         for _ in range(2):
             push.send({"x": np.ones(4, np.float32)}, to=peer)
         loop.run_until(lambda: pull.waiting == 2, 1)
@@ -331,33 +331,25 @@ def test_who_hears_in_time_lets_go_itself(dead: Dead) -> None:
 
 
 @pytest.mark.parametrize("how", ["goodbye", "death", "close"])
-def test_however_a_channel_ends_its_process_is_watched_no_more(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    with (
-        pretended(monkeypatch) as (_, cuda),
-        Loop() as loop,
-        Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull,
-        Push(slot_bytes=256, loop=loop) as push,
-    ):
-        monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
-        peer = push.connect(pull.endpoint)
-        (channel,) = pull._channels.values()
-        assert channel.pidfd is not None
-        channel._watch = watched = watchdog.Watch(channel.pidfd, lambda: None)
-        match how:
-            case "goodbye":
-                push.disconnect(peer)
-            case "death":
-                pull._lose(channel)
-            case "close":
-                pull.close()
-        assert loop.run_until(lambda: not pull._channels, timeout=5)
-        assert watched.fd not in watched._watchdog._watches
+def test_however_a_channel_ends_its_process_is_watched_no_more(pair: Pair, how: str) -> None:
+    loop, pull, push = pair
+    peer = push.connect(pull.endpoint)
+    (channel,) = pull._channels.values()
+    assert channel.pidfd is not None
+    channel._watch = watched = watchdog.Watch(channel.pidfd, lambda: None)
+    match how:
+        case "goodbye":
+            push.disconnect(peer)
+        case "death":
+            pull._lose(channel)
+        case "close":
+            pull.close()
+    assert loop.run_until(lambda: not pull._channels, timeout=5)
+    assert watched.fd not in watched._watchdog._watches
 
 
 def test_who_declines_gives_up_what_it_mapped_beside_the_loop(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed_by: list[str] = []
 
@@ -374,16 +366,10 @@ def test_who_declines_gives_up_what_it_mapped_beside_the_loop(
         raise TensorMQError("no pages")
 
     monkeypatch.setattr(pull_module._Channel, "map", map_and_fail)
-    with (
-        pretended(monkeypatch) as (_, cuda),
-        Loop() as loop,
-        Pull(f"ipc://{run_dir}/x.sock", loop=loop) as pull,
-        Push(slot_bytes=256, loop=loop) as push,
-    ):
-        monkeypatch.setitem(sys.modules, "tensormq.cuda", cuda)
-        peer = push.connect(pull.endpoint)
-        assert peer.statistics.carrier is Carrier.INLINE
-        assert closed_by == ["tensormq aside"]
-        push.send({"x": np.ones(4, np.float32)}, to=peer)
-        with pull.recv(timeout=1) as message:
-            assert message.tensors["x"].sum() == 4
+    _, pull, push = pair
+    peer = push.connect(pull.endpoint)
+    assert peer.statistics.carrier is Carrier.INLINE
+    assert closed_by == ["tensormq aside"]
+    push.send({"x": np.ones(4, np.float32)}, to=peer)
+    with pull.recv(timeout=1) as message:
+        assert message.tensors["x"].sum() == 4

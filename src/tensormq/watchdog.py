@@ -112,5 +112,5 @@ class Watch:
                 return
             try:
                 self._let_go()
-            except Exception:
+            except Exception:  # others wait for this thread all the same
                 log.exception("what waits for a dead process cannot be let go")

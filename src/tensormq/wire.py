@@ -35,6 +35,7 @@ MAX_FRAME = 128 * 1024
 
 MAX_SLOTS = 1024
 """Slots of one slab."""
+
 LET_GO = 1 << 62
 """The bit of a word that lets go what waits for it, for nobody will write it any more: it is more
 than any message's number, and what had been written stays to be seen beside it."""
