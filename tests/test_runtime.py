@@ -336,6 +336,32 @@ def test_what_cannot_be_sent_fails_once_and_the_block_goes_on(
     caplog.clear()  # the traceback holds on to what it passed through
 
 
+def test_times_of_more_requests_than_one_message_has_room_for(directory: Path) -> None:
+    began, gate = threading.Event(), threading.Event()
+    gate.set()
+
+    def held(x: Tensor) -> Tensor:
+        began.set()
+        assert gate.wait(30)
+        return x + 1
+
+    house = House(directory, [held], (0,))
+    began.clear()
+    gate.clear()
+    house.send(0, torch.zeros(1, 3))
+    assert began.wait(30)
+    past = encode(Note(hops=((Hop(BlockName("b" * 63), 0.1, 0.1, 0.1),) * 800,)))
+    assert len(past) > MAX_FRAME / 2
+    for number in (1, 2):
+        house.send(number, torch.full((1, 3), float(number)), note=past)
+    gate.set()
+    found = house.answers(3)
+    assert {n: torch.as_tensor(x).unique().tolist() for n, x in found.items()} == {
+        n: [n + 1] for n in range(3)
+    }
+    house.close()
+
+
 def test_a_block_that_cannot_start_is_named(directory: Path) -> None:
     def broken(_: Tensor) -> Tensor:
         raise RuntimeError("no such kernel")

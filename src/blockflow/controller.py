@@ -71,7 +71,7 @@ from blockflow.status import (
     PipelineStatus,
 )
 from blockflow.supervisor import Child, Patience, Supervisor
-from blockflow.topology import BlockName, Generation, PipelineName, Topology
+from blockflow.topology import BlockName, Generation, PipelineName, Topology, WorkerName
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class Controller:
                 number = await asyncio.to_thread(self._state.next_number)
             mps = await self._prepare_mps(topology, terms.dry_run)
             plan = reconcile.diff(
-                {name: worker.spec for name, worker in old.workers.items()},
+                self._running(reconcile.mps_wanted(topology)),
                 reconcile.plan_workers(topology, mps),
             )
             result = ApplyResult(
@@ -518,6 +518,21 @@ class Controller:
         except TopologyInvalid:
             await self._keep_mps()
             raise
+
+    def _running(self, mps_wanted: Mapping[str, bool]) -> dict[WorkerName, WorkerSpec]:
+        """What the workers that serve are; one that should have joined MPS and did not is without
+        it where it must be had (true in `mps_wanted`), and so is replaced."""
+        return {
+            name: msgspec.structs.replace(
+                worker.spec,
+                mps=worker.spec.mps
+                and not (mps_wanted.get(worker.spec.device) and self._is_stray(worker)),
+            )
+            for name, worker in self._deployed.workers.items()
+        }
+
+    def _is_stray(self, worker: Worker) -> bool:
+        return worker.child is not None and self._mps.is_stray(worker.spec.device, worker.child.pid)
 
     async def _keep_mps(self) -> None:
         """End the MPS daemons that nobody needs any more."""

@@ -23,6 +23,9 @@ from blockflow.topology import BlockName, PipelineName
 from blockflow.wiring import Source
 from tensormq import Loop, Peer, Request
 
+_MAX_HOPS = 256
+"""In one message: of 100 bytes at most, so that what all requests asked about fits beside them."""
+
 
 class _Value(msgspec.Struct, frozen=True, eq=False):
     """Made for every request: a struct is made several times faster than a frozen dataclass."""
@@ -184,16 +187,22 @@ def entries(batch: Iterable[Item]) -> list[Entry]:
 def messages(batch: Sequence[Item]) -> Iterator[tuple[int, int, int, int]]:
     """Cut a batch, sorted by route, into what can travel together.
 
-    Gives (first item, item after the last, first row, rows): one route each, and no more rows than
-    the block that follows takes in one message.
+    Gives (first item, item after the last, first row, rows): one route each, no more rows than
+    the block that follows takes in one message, and no more times than a descriptor has room for.
     """
-    first = start = rows = 0
+    first = start = rows = hops = 0
     for index, item in enumerate(batch):
         mine = item.request.rows
-        if index > first and (item.route != batch[first].route or rows + mine > item.way.rows):
+        times = 0 if item.hops is None else len(item.hops) + 1  # with that of this block
+        if index > first and (
+            item.route != batch[first].route
+            or rows + mine > item.way.rows
+            or hops + times > _MAX_HOPS
+        ):
             yield first, index, start, rows
-            first, start, rows = index, start + rows, 0
+            first, start, rows, hops = index, start + rows, 0, 0
         rows += mine
+        hops += times
     yield first, len(batch), start, rows
 
 

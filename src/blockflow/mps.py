@@ -120,6 +120,11 @@ class Mps:
             log.warning("MPS of %s: %s", device, problem)
             daemon.strays[pid] = problem
 
+    def is_stray(self, device: str, pid: int) -> bool:
+        """Whether a worker that should have joined is known not to have."""
+        daemon = self._daemons.get(device)
+        return daemon is not None and pid in daemon.strays
+
     def dismiss(self, device: str, pid: int) -> None:
         """Forget a worker whose process has ended."""
         daemon = self._daemons.get(device)
