@@ -33,8 +33,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +145,54 @@ def _fuzz_ring() -> str:
     return outcome
 
 
-def _flood(endpoint: str, device: str, begun: Any) -> None:
+class _Victim:
+    """Another process, which has a context on `device` and will be told to open an end."""
+
+    def __init__(
+        self, context: ForkServerContext, role: Callable[..., None], endpoint: str, device: str
+    ) -> None:
+        self._here, there = context.Pipe()
+        self._process = context.Process(
+            target=_await_orders, args=(role, endpoint, device, there), daemon=True
+        )
+        self._process.start()
+        there.close()  # should the process end, so does its pipe
+
+    def begin(self, loop: Loop) -> None:
+        """Have it open its end, and run `loop` until it has."""
+        self._here.send("begin")
+        while not self._here.poll():
+            loop.run_once(0.002)
+        self._here.recv()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._here.close()
+
+
+def _await_orders(
+    role: Callable[..., None], endpoint: str, device: str, orders: Connection
+) -> None:
+    torch.zeros(1, device=device)
+    orders.recv()
+    role(endpoint, device, lambda: orders.send("begun"))
+
+
+def _flood(endpoint: str, device: str, begun: Callable[[], None]) -> None:
     with Push(slots=4, slot_bytes=1 << 16, device=device) as push:
         peer = push.connect(endpoint, timeout=60)
-        begun.set()
+        begun()
         number = 0.0
         while True:
             number += 1.0
             push.send({"n": torch.full((4096,), number, device=device)}, to=peer)
 
 
-def _hold(endpoint: str, device: str, begun: Any) -> None:
+def _hold(endpoint: str, device: str, begun: Callable[[], None]) -> None:
     with Pull(endpoint, device=device) as pull:
-        begun.set()
+        begun()
         held = [pull.recv()]
         while True:
             held.append(pull.recv())
@@ -163,54 +200,54 @@ def _hold(endpoint: str, device: str, begun: Any) -> None:
                 held.pop(0).release()
 
 
-def restarts(count: int, device: str, seconds: float) -> dict[str, Any]:
+def restarts(count: int, device: str, seconds: float, ahead: int = 1) -> dict[str, Any]:
     """Kill and start again the producer and the consumer, `count` times in all or until `seconds`
-    have passed."""
-    until = time.monotonic() + seconds
+    have passed. So many processes as `ahead` start while others are being killed."""
     logging.getLogger("tensormq").setLevel(logging.CRITICAL)
     directory = Path(tempfile.mkdtemp(prefix="soak-"))
+    inbox, outbox = f"ipc://{directory}/in", f"ipc://{directory}/out"
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tensormq", "torch"])
-    early: dict[str, float] = {}
     counted: Counter[str] = Counter()
+    victims: deque[_Victim] = deque()
     with (
         Loop() as loop,
-        Pull(f"ipc://{directory}/in", device=device, loop=loop) as pull,
+        Pull(inbox, device=device, loop=loop) as pull,
         Push(slots=4, slot_bytes=1 << 16, device=device, loop=loop) as push,
     ):
         tensor = torch.ones(4096, device=device)
-        for number in range(count):
-            begun = context.Event()
-            role, endpoint = (
-                (_flood, pull.endpoint) if number % 2 == 0 else (_hold, f"ipc://{directory}/out")
-            )
-            process = context.Process(target=role, args=(endpoint, device, begun))
-            process.start()
-            while not begun.is_set():
-                loop.run_once(0.002)
+
+        def start(number: int) -> None:
+            role, endpoint = (_flood, inbox) if number % 2 == 0 else (_hold, outbox)
+            victims.append(_Victim(context, role, endpoint, device))
+
+        def turn(number: int) -> None:
+            start(number + ahead)
+            victim = victims.popleft()
+            victim.begin(loop)
             # Connecting to a device may take longer than the whole of what follows.
-            peer = push.connect(endpoint, timeout=60) if role is _hold else None
+            peer = push.connect(outbox, timeout=60) if number % 2 else None
             end = time.monotonic() + random.uniform(0.0, 0.02)
             if peer is None:
                 _receive(pull, end, counted)
-                process.kill()
-                process.join()
+                victim.kill()
                 assert loop.run_until(lambda: not pull._channels or pull.waiting > 0, 10)
                 while pull._channels or pull.waiting:
                     _receive(pull, time.monotonic() + 0.01, counted)
             else:
                 _send(push, peer, tensor, end, counted)
-                process.kill()
-                process.join()
+                victim.kill()
                 assert loop.run_until(lambda: not push.peers, 10), "a death was not noticed"
                 assert push.leased_slots == 0, "a slot was lost"
-            process.close()
             counted["restarts"] += 1
-            if number == max(1, count // 10):
-                early = _held(device)
-            if early and time.monotonic() > until:
-                break
-        late = _held(device)
+
+        try:
+            for number in range(ahead):
+                start(number)
+            early, late = _turns(count, seconds, turn, lambda: _held(device))
+        finally:
+            for victim in victims:
+                victim.kill()
     shutil.rmtree(directory)
     return _compared(counted, early, late)
 
@@ -235,14 +272,12 @@ def _come_and_go(inbox: str, outbox: str, device: str, told: Connection) -> None
 
 def reopen(count: int, device: str, seconds: float) -> dict[str, Any]:
     """Have another process open and close ends, `count` in all or until `seconds` have passed."""
-    until = time.monotonic() + seconds
     directory = Path(tempfile.mkdtemp(prefix="soak-"))
     inbox, outbox = f"ipc://{directory}/in", f"ipc://{directory}/out"
     context = mp.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_come_and_go, args=(inbox, outbox, device, there), daemon=True)
     counted: Counter[str] = Counter()
-    early: dict[str, float] = {}
     with (
         Loop() as loop,
         Pull(inbox, device=device, loop=loop) as pull,
@@ -255,9 +290,7 @@ def reopen(count: int, device: str, seconds: float) -> dict[str, Any]:
             theirs = {f"{name}, there": value for name, value in here.recv().items()}
             return _held(device) | theirs
 
-        process.start()
-        there.close()  # should the other end, so does its pipe
-        for number in range(count):
+        def turn(number: int) -> None:
             if number % 2 == 0:
                 here.send("push")
                 for _ in range(_MESSAGES):
@@ -273,15 +306,30 @@ def reopen(count: int, device: str, seconds: float) -> dict[str, Any]:
                 assert push.leased_slots == 0, "a slot was lost"
             counted["ends"] += 1
             counted["messages"] += _MESSAGES
-            if number == max(1, count // 10):
-                early = held()
-            if early and time.monotonic() > until:
-                break
-        late = held()
+
+        process.start()
+        there.close()  # should the process end, so does its pipe
+        early, late = _turns(count, seconds, turn, held)
         here.send("end")
         process.join()
     shutil.rmtree(directory)
     return _compared(counted, early, late)
+
+
+def _turns(
+    count: int, seconds: float, turn: Callable[[int], None], held: Callable[[], dict[str, float]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Take `count` turns, or until `seconds` have passed: what was held after a tenth of them, and
+    in the end."""
+    until = time.monotonic() + seconds
+    early: dict[str, float] = {}
+    for number in range(count):
+        turn(number)
+        if number == max(1, count // 10):
+            early = held()
+        if early and time.monotonic() > until:
+            break
+    return early, held()
 
 
 def _compared(
@@ -351,6 +399,12 @@ def main() -> None:
         default=float("inf"),
         help="not of fuzz: end after so long, but not before a tenth of the count",
     )
+    parser.add_argument(
+        "--ahead",
+        type=int,
+        default=1,
+        help="of restarts: processes that start meanwhile, which takes a second with a GPU",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
@@ -359,9 +413,10 @@ def main() -> None:
     begun = time.monotonic()
     if options.what == "fuzz":
         results = fuzz(options.count, options.seed)
+    elif options.what == "restarts":
+        results = restarts(options.count, options.device, options.seconds, options.ahead)
     else:
-        run = restarts if options.what == "restarts" else reopen
-        results = run(options.count, options.device, options.seconds)
+        results = reopen(options.count, options.device, options.seconds)
     results["seconds"] = round(time.monotonic() - begun, 1)
     for name, value in results.items():
         print(f"{name}: {value}")
