@@ -144,8 +144,10 @@ def test_the_producers_stream_waits_for_the_last_use(ends: Ends) -> None:
 def test_a_dead_producer_is_not_waited_for(ends: Ends) -> None:
     ends.mapping.expect(2, 5)
     assert ends.mapping.filled()[2] < 5  # it was announced and never completed
+    assert not ends.mapping.is_torn(2, 5)  # somebody may still complete it
     ends.mapping.let_go()
     assert not ends.gpu.waits()
+    assert ends.mapping.is_torn(2, 5)
 
 
 def test_a_dead_consumer_is_not_waited_for_and_its_successor_is(ends: Ends, process: int) -> None:
@@ -189,6 +191,7 @@ def test_what_was_complete_at_a_death_is_known_after_streams_were_let_go(ends: E
         assert not ends.gpu.waits()
         assert ends.mapping.filled() == another.filled() == [0, 7, 0, 0]
         another.let_go()
+    assert [ends.mapping.is_torn(slot, 7) for slot in range(4)] == [True, False, True, True]
     ends.mapping.expect(3, wire.LET_GO - 1)
     assert not ends.gpu.waits()
     another.close()
@@ -259,6 +262,9 @@ class Torn:
     def let_go(self) -> None:
         self.calls.append("let go")
 
+    def is_torn(self, slot: int, sequence: int) -> bool:
+        return "let go" in self.calls
+
     def close(self) -> None:
         self.calls.append("close")
 
@@ -301,9 +307,13 @@ def dead(pair: Pair) -> Iterator[Dead]:
 
 
 def test_streams_are_let_go_although_nobody_runs_the_loop(dead: Dead) -> None:
+    assert not dead.taken.torn
     dead.watchdog_has_acted()
+    assert dead.taken.torn
     assert set(dead.torn.calls) == {"let go"}
     dead.taken.release()
+    with pytest.raises(ValueError, match="released"):
+        _ = dead.taken.torn
     assert dead.pull.poll() is None  # the other message, which waits for nothing any more
     assert dead.pull.torn == 2
 

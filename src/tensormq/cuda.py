@@ -259,6 +259,11 @@ class _Words:
         """What was written to the words of a row, let go or not."""
         return [self._values[place] & ~wire.LET_GO for place in self._places(row)]
 
+    def is_torn(self, row: int, slot: int, value: int) -> bool:
+        """Whether a stream that waited for this was let go instead."""
+        word = self._values[row * self._slots + slot]
+        return word >= wire.LET_GO and word - wire.LET_GO < value
+
     def _places(self, row: int) -> range:
         return range(row * self._slots, (row + 1) * self._slots)
 
@@ -445,6 +450,10 @@ class DeviceMapping:
     def filled(self) -> list[int]:
         """For each slot the sequence number of the last message whose content is complete."""
         return self._words.read(_FILLED)
+
+    def is_torn(self, slot: int, sequence: int) -> bool:
+        """Whether the producer died before this was complete, and nothing waits for it any more."""
+        return self._words.is_torn(_FILLED, slot, sequence)
 
     def let_go(self) -> None:
         """Nothing waits any more for content that the dead producer did not complete.

@@ -91,6 +91,17 @@ class Message:
         """
         return self._hop / 1e9 if self._hop else None
 
+    @property
+    def torn(self) -> bool:
+        """Whether the tensors are not what was sent, for the producer died before they were.
+
+        Only on a GPU. Known when what reads them has gone on; until then False. With `on_torn` set
+        nothing goes on. Raises ValueError after the release.
+        """
+        if self._layout.specs and self._slot < 0:
+            raise ValueError("the message was released: ask before whether it is torn")
+        return self._slot >= 0 and self._channel.is_torn(self._slot, self._sequence)
+
     def release(self) -> None:
         """Give the slot back; the second and later calls do nothing."""
         slot = self._slot
@@ -250,6 +261,9 @@ class _Channel:
         untaken = {d.slot for d in announced if complete[d.slot] < d.sequence}
         return untaken, self._waited_for(complete)
 
+    def is_torn(self, slot: int, sequence: int) -> bool:
+        return self._device is not None and self._device.is_torn(slot, sequence)
+
     def _waited_for(self, complete: Sequence[int]) -> dict[int, int]:
         return {slot: last for slot, last in tuple(self._taken.items()) if complete[slot] < last}
 
@@ -308,12 +322,12 @@ class Pull:
 
     On a GPU a message is announced before its content is computed. `torn` counts those whose
     producer died in between. Such a message is dropped; if it was taken already, streams wait for
-    content that will never come. They are let go and compute on what the slot happens to hold,
-    unless `on_torn` is set: it is called, and the streams wait on, so that nothing that was
-    computed from it gets out. The process can then only end. Either is done by the loop or, when
-    that was not run for 0.2 s since the death, by another thread: the loop's may itself wait for
-    that content. Of the consumers of one Push either all set `on_torn` or none, for they wait for
-    the same words.
+    content that will never come. They are let go and compute on what the slot happens to hold
+    (`Message.torn`), unless `on_torn` is set: it is called, and the streams wait on, so that
+    nothing that was computed from it gets out. The process can then only end. Either is done by
+    the loop or, when that was not run for 0.2 s since the death, by another thread: the loop's may
+    itself wait for that content. Of the consumers of one Push either all set `on_torn` or none, for
+    they wait for the same words.
 
     Raises EndpointError when the endpoint is taken or its directory is open to others,
     SecurityError when a tcp endpoint has neither keys nor `insecure`.
