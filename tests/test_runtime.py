@@ -151,6 +151,24 @@ def plus(value: float) -> Callable[[Tensor], Tensor]:
     return lambda x: x + value
 
 
+def busy_house(directory: Path) -> tuple[House, threading.Event]:
+    """With one block, which adds 1 and is computing request 0 until the event is set."""
+    began, gate = threading.Event(), threading.Event()
+    gate.set()
+
+    def held(x: Tensor) -> Tensor:
+        began.set()
+        assert gate.wait(30)
+        return x + 1
+
+    house = House(directory, [held], (0,))
+    began.clear()
+    gate.clear()
+    house.send(0, torch.zeros(1, 3))
+    assert began.wait(30)
+    return house, gate
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     tmp_path.chmod(0o700)
@@ -297,22 +315,11 @@ def test_what_cannot_be_sent_fails_once_and_the_block_goes_on(
 ) -> None:
     """Times of requests that do not fit into one message: of two together, and of one with one hop
     more."""
-    began, gate = threading.Event(), threading.Event()
-    gate.set()
-
-    def held(x: Tensor) -> Tensor:
-        began.set()
-        assert gate.wait(30)
-        return x + 1
 
     def timed(size: int) -> bytes:
         return encode(Note(hops=((Hop(BlockName("b" * size), 0.0, 0.0, 0.0),),)))
 
-    house = House(directory, [held], (0,))
-    began.clear()
-    gate.clear()
-    house.send(0, torch.zeros(1, 3))
-    assert began.wait(30)
+    house, gate = busy_house(directory)
     for number in (1, 2):
         house.send(number, torch.zeros(1, 3), note=timed(MAX_FRAME * 2 // 3))
     gate.set()
@@ -337,19 +344,7 @@ def test_what_cannot_be_sent_fails_once_and_the_block_goes_on(
 
 
 def test_times_of_more_requests_than_one_message_has_room_for(directory: Path) -> None:
-    began, gate = threading.Event(), threading.Event()
-    gate.set()
-
-    def held(x: Tensor) -> Tensor:
-        began.set()
-        assert gate.wait(30)
-        return x + 1
-
-    house = House(directory, [held], (0,))
-    began.clear()
-    gate.clear()
-    house.send(0, torch.zeros(1, 3))
-    assert began.wait(30)
+    house, gate = busy_house(directory)
     past = encode(Note(hops=((Hop(BlockName("b" * 63), 0.1, 0.1, 0.1),) * 800,)))
     assert len(past) > MAX_FRAME / 2
     for number in (1, 2):
