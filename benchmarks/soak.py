@@ -27,18 +27,17 @@ import logging
 import multiprocessing as mp
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import measured
 import psutil
@@ -145,6 +144,26 @@ def _fuzz_ring() -> str:
     return outcome
 
 
+class _Ends(NamedTuple):
+    """The ends of this process, and where another is to open its Pull end."""
+
+    loop: Loop
+    pull: Pull
+    push: Push
+    outbox: str
+
+
+@contextlib.contextmanager
+def _ends(device: str) -> Iterator[_Ends]:
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-") as directory,
+        Loop() as loop,
+        Pull(f"ipc://{directory}/in", device=device, loop=loop) as pull,
+        Push(slots=4, slot_bytes=1 << 16, device=device, loop=loop) as push,
+    ):
+        yield _Ends(loop, pull, push, f"ipc://{directory}/out")
+
+
 class _Victim:
     """Another process, which has a context on `device` and will be told to open an end."""
 
@@ -204,21 +223,15 @@ def restarts(count: int, device: str, seconds: float, ahead: int = 1) -> dict[st
     """Kill and start again the producer and the consumer, `count` times in all or until `seconds`
     have passed. So many processes as `ahead` start while others are being killed."""
     logging.getLogger("tensormq").setLevel(logging.CRITICAL)
-    directory = Path(tempfile.mkdtemp(prefix="soak-"))
-    inbox, outbox = f"ipc://{directory}/in", f"ipc://{directory}/out"
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tensormq", "torch"])
     counted: Counter[str] = Counter()
     victims: deque[_Victim] = deque()
-    with (
-        Loop() as loop,
-        Pull(inbox, device=device, loop=loop) as pull,
-        Push(slots=4, slot_bytes=1 << 16, device=device, loop=loop) as push,
-    ):
+    with _ends(device) as (loop, pull, push, outbox):
         tensor = torch.ones(4096, device=device)
 
         def start(number: int) -> None:
-            role, endpoint = (_flood, inbox) if number % 2 == 0 else (_hold, outbox)
+            role, endpoint = (_flood, pull.endpoint) if number % 2 == 0 else (_hold, outbox)
             victims.append(_Victim(context, role, endpoint, device))
 
         def turn(number: int) -> None:
@@ -248,7 +261,6 @@ def restarts(count: int, device: str, seconds: float, ahead: int = 1) -> dict[st
         finally:
             for victim in victims:
                 victim.kill()
-    shutil.rmtree(directory)
     return _compared(counted, early, late)
 
 
@@ -272,17 +284,13 @@ def _come_and_go(inbox: str, outbox: str, device: str, told: Connection) -> None
 
 def reopen(count: int, device: str, seconds: float) -> dict[str, Any]:
     """Have another process open and close ends, `count` in all or until `seconds` have passed."""
-    directory = Path(tempfile.mkdtemp(prefix="soak-"))
-    inbox, outbox = f"ipc://{directory}/in", f"ipc://{directory}/out"
     context = mp.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_come_and_go, args=(inbox, outbox, device, there), daemon=True)
     counted: Counter[str] = Counter()
-    with (
-        Loop() as loop,
-        Pull(inbox, device=device, loop=loop) as pull,
-        Push(slots=4, slot_bytes=1 << 16, device=device, loop=loop) as push,
-    ):
+    with _ends(device) as (loop, pull, push, outbox):
+        process = context.Process(
+            target=_come_and_go, args=(pull.endpoint, outbox, device, there), daemon=True
+        )
         tensor = torch.ones(4096, device=device)
 
         def held() -> dict[str, float]:
@@ -312,7 +320,6 @@ def reopen(count: int, device: str, seconds: float) -> dict[str, Any]:
         early, late = _turns(count, seconds, turn, held)
         here.send("end")
         process.join()
-    shutil.rmtree(directory)
     return _compared(counted, early, late)
 
 

@@ -522,17 +522,16 @@ class Controller:
     def _running(self, mps_wanted: Mapping[str, bool]) -> dict[WorkerName, WorkerSpec]:
         """What the workers that serve are; one that should have joined MPS and did not is without
         it where it must be had (true in `mps_wanted`), and so is replaced."""
-        return {
-            name: msgspec.structs.replace(
-                worker.spec,
-                mps=worker.spec.mps
-                and not (mps_wanted.get(worker.spec.device) and self._is_stray(worker)),
-            )
-            for name, worker in self._deployed.workers.items()
-        }
-
-    def _is_stray(self, worker: Worker) -> bool:
-        return worker.child is not None and self._mps.is_stray(worker.spec.device, worker.child.pid)
+        specs = {name: worker.spec for name, worker in self._deployed.workers.items()}
+        for name, worker in self._deployed.workers.items():
+            device, child = worker.spec.device, worker.child
+            if (
+                mps_wanted.get(device)
+                and child is not None
+                and self._mps.is_stray(device, child.pid)
+            ):
+                specs[name] = msgspec.structs.replace(worker.spec, mps=False)
+        return specs
 
     async def _keep_mps(self) -> None:
         """End the MPS daemons that nobody needs any more."""
